@@ -23,6 +23,7 @@ mod queue;
 mod signals;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod vsock;
 
 pub use chain::{Chain, ChainError};
 pub use device::{Device, DeviceKind, Progress};
