@@ -21,7 +21,10 @@ pub struct VmConfig {
     /// Disks in the order of their names, `/dev/vda` first.
     pub disks: Vec<Disk>,
     /// The guest's vsock context id, 3 or more; no vsock without one.
-    pub vsock_cid: Option<u64>,
+    pub vsock_cid: Option<u32>,
+    /// Where the guest's console goes, besides the newest 64 KiB that [`crate::Vm::console_tail`] has. It is
+    /// written on a vCPU's thread, byte by byte.
+    pub console: Option<Box<dyn io::Write + Send>>,
     /// An I/O port through which the guest tells the embedder how far it has come.
     pub marks: Option<Marks>,
 }
