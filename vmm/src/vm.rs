@@ -7,6 +7,7 @@ use cubby_devices::console::{Console, ConsoleLog};
 use cubby_devices::rng::Rng;
 use cubby_devices::vsock::{GuestCid, Vsock};
 use cubby_devices::{Device, Interrupt, Memory, Transport};
+use event_manager::SubscriberOps;
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
