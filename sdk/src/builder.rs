@@ -169,7 +169,7 @@ impl SandboxBuilder {
             defaults: defaults(&image),
             ..self.config.image
         };
-        let record = context.store.create(&name, &self.config)?;
+        let record = context.store.create(&name, &self.config).map_err(|error| Error::store(&self.name, error))?;
         let spec = context.launch_spec(&record, image.disk, attached, BOOT_TIMEOUT_MS);
         let made = context.format_disk(&spec);
         match made {
@@ -184,19 +184,13 @@ impl SandboxBuilder {
     /// Everything that can be said to be wrong before anything is done.
     fn check(&self) -> R<(SandboxName, Reference)> {
         let name = self.name.parse::<SandboxName>();
-        let reference = self.config.image.reference.parse::<Reference>();
         let mut mistakes = self.config.validate().err().map(|invalid| invalid.0).unwrap_or_default();
         if name.is_err() {
-            mistakes.insert(
-                0,
-                Mistake { field: "name", given: shorten(&self.name), allowed: SandboxName::ALLOWED },
-            );
+            let given = shorten(&self.name);
+            mistakes.insert(0, Mistake { field: "name", given, allowed: SandboxName::ALLOWED });
         }
-        if let (Err(error), false) = (&reference, self.config.image.reference.is_empty()) {
-            return Err(Error::Image(error.clone().into()));
-        }
-        match (name, reference) {
-            (Ok(name), Ok(reference)) if mistakes.is_empty() => Ok((name, reference)),
+        match name {
+            Ok(name) if mistakes.is_empty() => Ok((name, self.config.image.reference.parse()?)),
             _ => Err(Error::InvalidConfig(mistakes)),
         }
     }
