@@ -556,3 +556,6 @@ fn set_low(value: &mut u64, low: u32) {
 fn set_high(value: &mut u64, high: u32) {
     *value = (*value & u64::from(u32::MAX)) | (u64::from(high) << 32);
 }
+
+#[cfg(test)]
+mod tests;
