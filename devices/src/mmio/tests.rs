@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::testing::{Buffer, Guest, Ring, bring_up, negotiate, read_register, set_up_queue, write_register};
-use crate::{DeviceKind, Progress};
+use crate::{DeviceKind, LayoutError, Progress};
 
 const FEATURES: u64 = VERSION_1 | RING_EVENT_IDX | 0x21;
 
@@ -67,7 +67,7 @@ impl Device for Echo {
         batch.progress()
     }
 
-    fn reset(&mut self) {
+    fn driver_gone(&mut self) {
         assert!(self.queues.iter().all(Option::is_none));
         self.resets += 1;
     }
