@@ -1,4 +1,5 @@
 //! The table against the documentation, and against a model of what the lifecycle promises.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::expect_used)]
 
 use cubby_state::{Event, ExitReason, Next, Refused, Status};
 use proptest::prelude::*;

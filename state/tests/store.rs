@@ -1,4 +1,5 @@
 //! The store as many processes use it.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::expect_used)]
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
