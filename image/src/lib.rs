@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 //! OCI images as disks: a reference such as `python:3.12` in, a verified, read-only EROFS file out, without
 //! root, mounts or other programs.
 //!
@@ -39,3 +40,8 @@ pub use error::Error;
 pub use options::{Credentials, Limits, Platform, Progress, PullOptions, PullPolicy};
 pub use reference::Reference;
 pub use store::{Image, Store};
+=======
+//! image
+
+pub mod ext4;
+>>>>>>> state
