@@ -245,6 +245,11 @@ impl<'q> Batch<'q> {
         }
     }
 
+    /// Ends this round here: the chains were costly enough. [`Batch::progress`] is [`Progress::More`] then.
+    pub fn rest(&mut self) {
+        self.budget = 0;
+    }
+
     /// Whether the queue may hold more that this round will not give out.
     pub fn progress(&self) -> Progress {
         if self.budget == 0 && self.failure.is_none() { Progress::More } else { Progress::Idle }

@@ -290,6 +290,24 @@ fn a_long_batch_does_not_keep_its_first_completions_to_the_end() {
 }
 
 #[test]
+fn a_kick_moves_a_bounded_amount_of_data() {
+    let mut rig = Rig::new(Options::default(), u64::MAX);
+    let mut guest = rig.guest.clone();
+    let header = guest.alloc_with(&[0; 16]);
+    let data = guest.alloc(32 << 10);
+    let status = guest.alloc(1);
+    for _ in 0..100 {
+        let buffers =
+            [Buffer::readable(header, 16), Buffer::writable(data, 32 << 10), Buffer::writable(status, 1)];
+        rig.ring.submit_indirect(&mut guest, &buffers);
+    }
+    assert_eq!(rig.kick(), Progress::More);
+    assert_eq!(std::iter::from_fn(|| rig.ring.completion()).count(), 64);
+    assert_eq!(rig.kick(), Progress::Idle);
+    assert_eq!(std::iter::from_fn(|| rig.ring.completion()).count(), 36);
+}
+
+#[test]
 fn a_batch_interrupts_once() {
     let mut rig = Rig::new(Options::default(), u64::MAX);
     reads(&mut rig, 5);
