@@ -82,11 +82,12 @@ pub fn off(control: Option<Control>, disk: Option<&OwnedFd>, marks: &Marks) -> !
     halt()
 }
 
-/// Ends the machine without a word to the host, for which this is a crash.
+/// Ends the machine without a word to the host, for which this is a crash. A reset always leaves the guest, while
+/// a kernel without ACPI knows no power-off and would stand still for ever.
 pub fn halt() -> ! {
     loop {
-        // Only a guest without a way to power off gets here twice.
-        let _ = reboot(RebootCommand::PowerOff);
+        // PID 1 has the right, so this does not return.
+        let _ = reboot(RebootCommand::Restart);
         std::thread::park();
     }
 }

@@ -28,14 +28,15 @@ pub fn enter(disks: &RootDisks) -> Result<Option<OwnedFd>, Failed> {
 
 fn image(device: &str) -> Result<(), SetupError> {
     directory(LOWER, 0o755)?;
-    mount(device, LOWER, c"erofs", MountFlags::RDONLY, None).map_err(at(device))
+    mount(device, LOWER, c"erofs", MountFlags::RDONLY, None).map_err(at(&*format!("erofs on {device}")))
 }
 
 fn writable(device: Option<&str>) -> Result<Option<OwnedFd>, SetupError> {
     directory(UPPER, 0o755)?;
     let disk = match device {
         Some(device) => {
-            mount(device, UPPER, c"ext4", MountFlags::NODEV, None).map_err(at(device))?;
+            mount(device, UPPER, c"ext4", MountFlags::NODEV, None)
+                .map_err(at(&*format!("ext4 on {device}")))?;
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             Some(open(UPPER, flags, Mode::empty()).map_err(at(UPPER))?)
         }
