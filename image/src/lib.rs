@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! OCI images as disks: a reference such as `python:3.12` in, a verified, read-only EROFS file out, without
 //! root, mounts or other programs.
 //!
@@ -26,6 +25,7 @@ mod config;
 mod digest;
 mod erofs;
 mod error;
+pub mod ext4;
 mod layer;
 mod manifest;
 mod options;
@@ -40,8 +40,3 @@ pub use error::Error;
 pub use options::{Credentials, Limits, Platform, Progress, PullOptions, PullPolicy};
 pub use reference::Reference;
 pub use store::{Image, Store};
-=======
-//! image
-
-pub mod ext4;
->>>>>>> state
