@@ -66,7 +66,7 @@ pub fn ensure(why: &str, needs: &[&[Need]]) -> Result<()> {
         bail!("this is not a Debian: install what these packages hold by hand: {}", missing.join(" "));
     }
     if !process::is_root() {
-        eprintln!("    installed with sudo, because this is not root");
+        eprintln!("    installed with sudo (this is not root)");
         if !is_there("sudo") {
             bail!("there is no sudo here; as root, run: apt-get install {}", missing.join(" "));
         }
