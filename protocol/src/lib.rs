@@ -22,10 +22,12 @@ mod codec;
 mod frame;
 mod hello;
 pub mod message;
+mod scanner;
 
 pub use codec::{decode, encode, encode_raw};
 pub use frame::{Decoder, Frame, FrameError, Header, Kind, SessionId};
 pub use hello::{Hello, VersionMismatch};
+pub use scanner::Scanner;
 
 /// Largest frame in bytes, header included.
 pub const MAX_FRAME: usize = 1 << 20;

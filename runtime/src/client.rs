@@ -1,0 +1,354 @@
+//! One client of the sandbox: an application's connection on the relay socket and, behind it, a vsock
+//! stream to the agent. Bytes from the guest are forwarded as they lie in the device's buffer; only their
+//! headers are looked at, to know which sessions are open without trusting the guest's word for it.
+
+use std::collections::HashSet;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+
+use cubby_protocol::message::{Fatal, Refused, Reply, Request};
+use cubby_protocol::{
+    AGENT_PORT, Decoder, FrameError, Header, Hello, Kind, Scanner, SessionId, decode, encode,
+};
+use cubby_vmm::devices::vsock::{Port, StreamId, Vsock};
+use serde::Serialize;
+
+/// Bytes forwarded from the guest for one client before the others have their turn.
+const TURN: usize = 1 << 20;
+
+/// What a client may do now.
+#[derive(Clone, Debug)]
+pub(crate) enum Gate {
+    /// Open sessions.
+    Open,
+    /// Go on with those it has; new ones get this answer.
+    Closed(Refused),
+}
+
+/// Something a client asked of the sandbox process itself.
+pub(crate) struct Call {
+    pub(crate) session: SessionId,
+    pub(crate) request: Request,
+}
+
+/// How far the stream to the agent has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stream {
+    /// The agent is not ready yet.
+    None,
+    /// Connecting, or waiting for the agent's Hello.
+    Greeting(StreamId),
+    Up(StreamId),
+}
+
+/// Why a client is no more.
+#[derive(Debug)]
+pub(crate) struct Gone;
+
+pub(crate) struct Client {
+    socket: UnixStream,
+    readable: bool,
+    writable: bool,
+    /// The application's Hello has come.
+    greeted: bool,
+    from_app: Decoder,
+    /// A frame that the stream did not take whole.
+    to_guest: Vec<u8>,
+    to_guest_done: usize,
+    stream: Stream,
+    from_guest: Scanner,
+    /// Frames of our own for the application, sent between two of the guest's.
+    own: Vec<u8>,
+    own_done: usize,
+    sessions: HashSet<SessionId>,
+    /// Nothing more is read; the connection ends once `own` is out.
+    closing: bool,
+}
+
+impl Client {
+    /// A client that has just connected. `socket` does not block.
+    pub(crate) fn new(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            readable: true,
+            writable: true,
+            greeted: false,
+            from_app: Decoder::default(),
+            to_guest: Vec::new(),
+            to_guest_done: 0,
+            stream: Stream::None,
+            from_guest: Scanner::default(),
+            own: Hello::OURS.to_frame().to_vec(),
+            own_done: 0,
+            sessions: HashSet::new(),
+            closing: false,
+        }
+    }
+
+    pub(crate) fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    pub(crate) fn stream(&self) -> Option<StreamId> {
+        match self.stream {
+            Stream::None => None,
+            Stream::Greeting(id) | Stream::Up(id) => Some(id),
+        }
+    }
+
+    pub(crate) fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// The kernel said that the socket can be read or written again.
+    pub(crate) fn wake(&mut self, readable: bool, writable: bool) {
+        self.readable |= readable;
+        self.writable |= writable;
+    }
+
+    /// The agent takes connections from now on.
+    pub(crate) fn connect(&mut self, vsock: &mut Vsock) {
+        if self.stream == Stream::None && !self.closing {
+            let id = vsock.connect(Port(AGENT_PORT));
+            vsock.send(id, &Hello::OURS.to_frame());
+            self.stream = Stream::Greeting(id);
+        }
+    }
+
+    /// Answers a call.
+    pub(crate) fn reply(&mut self, session: SessionId, reply: &Reply) {
+        self.say(Kind::Reply, session, reply);
+    }
+
+    /// Says why and ends the connection.
+    pub(crate) fn refuse(&mut self, why: &Fatal) {
+        self.say(Kind::Fatal, SessionId::CONNECTION, why);
+        self.closing = true;
+    }
+
+    fn say(&mut self, kind: Kind, session: SessionId, message: &impl Serialize) {
+        // Our own messages are small: they always fit.
+        let _ = encode(kind, session, message, &mut self.own);
+    }
+
+    /// Moves all that can be moved in both directions. Calls of the client are added to `calls`.
+    pub(crate) fn pump(&mut self, vsock: &mut Vsock, gate: &Gate, calls: &mut Vec<Call>) -> Result<bool, Gone> {
+        if !self.closing {
+            self.application_to_guest(vsock, gate, calls)?;
+        }
+        let more = self.guest_to_application(vsock)?;
+        if self.closing && self.own.is_empty() {
+            return Err(Gone);
+        }
+        Ok(more)
+    }
+
+    fn application_to_guest(
+        &mut self,
+        vsock: &mut Vsock,
+        gate: &Gate,
+        calls: &mut Vec<Call>,
+    ) -> Result<(), Gone> {
+        loop {
+            if !self.flush_to_guest(vsock) {
+                return Ok(());
+            }
+            // The decoder is taken out for as long as a frame of its buffer is looked at.
+            let mut decoder = std::mem::take(&mut self.from_app);
+            let outcome = match decoder.next_frame() {
+                Ok(Some(frame)) => {
+                    self.on_application_frame(frame.header, frame.bytes, vsock, gate, calls).map(|()| true)
+                }
+                Ok(None) => Ok(false),
+                Err(error) => Err(error),
+            };
+            self.from_app = decoder;
+            match outcome {
+                Ok(true) => {}
+                Ok(false) if !self.readable => return Ok(()),
+                Ok(false) => self.read_application()?,
+                Err(error) => {
+                    self.refuse(&Fatal::Protocol(error.to_string()));
+                    return Ok(());
+                }
+            }
+            if self.closing {
+                return Ok(());
+            }
+        }
+    }
+
+    fn read_application(&mut self) -> Result<(), Gone> {
+        let space = self.from_app.space();
+        let room = space.len();
+        match self.socket.read(space) {
+            Ok(0) => Err(Gone),
+            Ok(count) => {
+                self.from_app.filled(count);
+                // A short read means that the socket is empty: the next one would only say so.
+                self.readable = count == room;
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.readable = false;
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => Ok(()),
+            Err(_) => Err(Gone),
+        }
+    }
+
+    fn on_application_frame(
+        &mut self,
+        header: Header,
+        bytes: &[u8],
+        vsock: &mut Vsock,
+        gate: &Gate,
+        calls: &mut Vec<Call>,
+    ) -> Result<(), FrameError> {
+        let payload = bytes.get(Header::SIZE..).unwrap_or_default();
+        if !self.greeted {
+            if header.kind != Kind::Hello {
+                return Err(FrameError::Malformed { what: "Hello", why: "it must come first".into() });
+            }
+            match Hello::from_payload(payload)?.agree() {
+                Ok(_) => self.greeted = true,
+                Err(mismatch) => self.refuse(&Fatal::VersionMismatch { ours: mismatch.ours }),
+            }
+            return Ok(());
+        }
+        match header.kind {
+            Kind::Request => calls.push(Call { session: header.session, request: decode(payload)? }),
+            Kind::Open => match gate {
+                Gate::Closed(why) => self.say(Kind::Refused, header.session, why),
+                Gate::Open if !self.sessions.insert(header.session) => {
+                    self.say(Kind::Refused, header.session, &Refused::SessionInUse);
+                }
+                Gate::Open => self.forward(bytes, vsock),
+            },
+            Kind::Ping => self.forward(bytes, vsock),
+            Kind::Stdin | Kind::StdinClose | Kind::Signal | Kind::Resize | Kind::Credit => {
+                // A frame for a session that has just ended is no mistake of the sender's.
+                if self.sessions.contains(&header.session) {
+                    self.forward(bytes, vsock);
+                }
+            }
+            kind => {
+                return Err(FrameError::Malformed {
+                    what: "application frame",
+                    why: format!("{kind:?} is not an application's to send"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, frame: &[u8], vsock: &mut Vsock) {
+        let taken = match self.stream {
+            Stream::Up(id) => vsock.send(id, frame),
+            // The agent's Hello comes first; the frame waits.
+            Stream::None | Stream::Greeting(_) => 0,
+        };
+        self.to_guest.extend_from_slice(frame.get(taken..).unwrap_or_default());
+    }
+
+    /// Sends what is left of a frame. Whether all of it went.
+    fn flush_to_guest(&mut self, vsock: &mut Vsock) -> bool {
+        if self.to_guest.is_empty() {
+            return true;
+        }
+        let Stream::Up(id) = self.stream else { return false };
+        let rest = self.to_guest.get(self.to_guest_done..).unwrap_or_default();
+        self.to_guest_done += vsock.send(id, rest);
+        if self.to_guest_done < self.to_guest.len() {
+            return false;
+        }
+        self.to_guest.clear();
+        self.to_guest_done = 0;
+        true
+    }
+
+    /// Whether there may be more to forward after this turn.
+    fn guest_to_application(&mut self, vsock: &mut Vsock) -> Result<bool, Gone> {
+        if let Stream::Greeting(id) = self.stream {
+            self.await_greeting(id, vsock)?;
+        }
+        let mut moved = 0;
+        loop {
+            if self.from_guest.at_boundary() && !self.flush_own()? {
+                return Ok(false);
+            }
+            let Stream::Up(id) = self.stream else { return Ok(false) };
+            if !self.writable || self.closing {
+                return Ok(false);
+            }
+            let bytes = vsock.received(id);
+            if bytes.is_empty() {
+                return Ok(false);
+            }
+            if moved >= TURN {
+                return Ok(true);
+            }
+            let Some(count) = write(&mut self.socket, bytes, &mut self.writable)? else { continue };
+            let sessions = &mut self.sessions;
+            let mut forbidden = None;
+            let scanned = self.from_guest.scan(bytes.get(..count).unwrap_or_default(), |header| {
+                if header.kind.ends_session() {
+                    sessions.remove(&header.session);
+                } else if !agent_may_send(header.kind) {
+                    forbidden = Some(header.kind);
+                }
+            });
+            vsock.consume(id, count);
+            moved += count;
+            if scanned.is_err() || forbidden.is_some() {
+                // The application was sent the same bytes and finds the same fault.
+                return Err(Gone);
+            }
+        }
+    }
+
+    fn await_greeting(&mut self, id: StreamId, vsock: &mut Vsock) -> Result<(), Gone> {
+        const SIZE: usize = Header::SIZE + Hello::SIZE;
+        let Some(frame) = vsock.received(id).first_chunk::<SIZE>() else { return Ok(()) };
+        if *frame != Hello::OURS.to_frame() {
+            return Err(Gone);
+        }
+        vsock.consume(id, SIZE);
+        self.stream = Stream::Up(id);
+        self.flush_to_guest(vsock);
+        Ok(())
+    }
+
+    /// Sends our own frames. Whether all went.
+    fn flush_own(&mut self) -> Result<bool, Gone> {
+        while self.own_done < self.own.len() && self.writable {
+            let rest = self.own.get(self.own_done..).unwrap_or_default();
+            self.own_done += write(&mut self.socket, rest, &mut self.writable)?.unwrap_or(0);
+        }
+        if self.own_done < self.own.len() {
+            return Ok(false);
+        }
+        self.own.clear();
+        self.own_done = 0;
+        Ok(true)
+    }
+}
+
+/// What an agent sends on a client's stream after its Hello.
+fn agent_may_send(kind: Kind) -> bool {
+    matches!(kind, Kind::Pong | Kind::Started | Kind::Stdout | Kind::Stderr | Kind::Credit | Kind::Fatal)
+}
+
+/// Writes some of `bytes`; `None` if the socket takes nothing now.
+fn write(socket: &mut UnixStream, bytes: &[u8], writable: &mut bool) -> Result<Option<usize>, Gone> {
+    match socket.write(bytes) {
+        Ok(count) => Ok(Some(count)),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            *writable = false;
+            Ok(None)
+        }
+        Err(error) if error.kind() == ErrorKind::Interrupted => Ok(None),
+        Err(_) => Err(Gone),
+    }
+}

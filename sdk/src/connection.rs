@@ -1,0 +1,304 @@
+//! One connection to a sandbox, shared by everything a program does with it: sessions and calls are
+//! multiplexed, and whoever reads slowly holds up only itself.
+//!
+//! A task reads frames and hands each to its session. What a session holds unread is bounded by its window
+//! ([`cubby_protocol::INITIAL_WINDOW`]): credit goes back only as its reader takes bytes out.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use cubby_protocol::message::{Fatal, Reply, Request, Signal};
+use cubby_protocol::{Decoder, Frame, FrameError, Hello, Kind, SessionId, decode, encode, encode_raw};
+use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// A frame of one session, taken off the connection.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    pub(crate) kind: Kind,
+    pub(crate) payload: Bytes,
+}
+
+/// Why a connection is no more, or never was.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ConnectionError {
+    #[error("the sandbox ended the connection")]
+    Closed,
+    #[error("connection to the sandbox process: {0}")]
+    Io(String),
+    #[error(transparent)]
+    Protocol(#[from] FrameError),
+    #[error("protocol version {theirs} does not fit ours, {ours}")]
+    Version { ours: u16, theirs: u16 },
+    #[error("all {max} places for clients are taken")]
+    TooManyClients { max: u16 },
+    #[error("the sandbox process refused the connection: {0}")]
+    Refused(String),
+}
+
+impl From<std::io::Error> for ConnectionError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error.to_string())
+    }
+}
+
+impl From<Fatal> for ConnectionError {
+    fn from(fatal: Fatal) -> Self {
+        match fatal {
+            Fatal::VersionMismatch { ours } => {
+                Self::Version { ours: Hello::OURS.version, theirs: ours }
+            }
+            Fatal::TooManyClients { max } => Self::TooManyClients { max },
+            Fatal::Protocol(why) => Self::Refused(why),
+        }
+    }
+}
+
+/// A connection to a sandbox process. Dropping it ends its sessions.
+pub(crate) struct Connection {
+    writer: tokio::sync::Mutex<OwnedWriteHalf>,
+    routes: Arc<Routes>,
+    next_session: AtomicU32,
+    ended: watch::Receiver<Option<ConnectionError>>,
+    reader: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// Who waits for which session's frames.
+#[derive(Default)]
+struct Routes(Mutex<HashMap<SessionId, Route>>);
+
+enum Route {
+    Session(mpsc::UnboundedSender<Incoming>),
+    Once(oneshot::Sender<Incoming>),
+}
+
+impl Routes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Route>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Connection {
+    /// Connects to the sandbox process behind `socket`.
+    pub(crate) async fn open(socket: &Path) -> Result<Self, ConnectionError> {
+        let (mut reader, mut writer) = UnixStream::connect(socket).await?.into_split();
+        writer.write_all(&Hello::OURS.to_frame()).await?;
+        let mut decoder = Decoder::default();
+        greet(&mut reader, &mut decoder).await?;
+        let routes = Arc::new(Routes::default());
+        let (report, ended) = watch::channel(None);
+        let reader = tokio::spawn({
+            let routes = routes.clone();
+            async move {
+                let error = read_frames(reader, decoder, &routes).await.err();
+                // Every waiting session sees its channel close, then asks why.
+                let _ = report.send(Some(error.unwrap_or(ConnectionError::Closed)));
+                routes.lock().clear();
+            }
+        });
+        Ok(Self {
+            writer: tokio::sync::Mutex::new(writer),
+            routes,
+            next_session: AtomicU32::new(1),
+            ended,
+            reader,
+        })
+    }
+
+    /// Why the connection ended, if it has.
+    pub(crate) fn ended(&self) -> Option<ConnectionError> {
+        self.ended.borrow().clone()
+    }
+
+    /// Waits until the connection has ended.
+    pub(crate) async fn wait_ended(&self) -> ConnectionError {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(error) => error.clone().unwrap_or(ConnectionError::Closed),
+            Err(_) => ConnectionError::Closed,
+        }
+    }
+
+    /// Asks the sandbox process itself.
+    pub(crate) async fn call(&self, request: Request) -> Result<Reply, ConnectionError> {
+        let answer = self.once(|session, out| encode(Kind::Request, session, &request, out)).await?;
+        Ok(decode(&answer.payload)?)
+    }
+
+    /// Asks the guest's agent for a sign of life.
+    pub(crate) async fn ping(&self) -> Result<(), ConnectionError> {
+        self.once(|session, out| encode_raw(Kind::Ping, session, &[], out)).await.map(drop)
+    }
+
+    async fn once(
+        &self,
+        frame: impl FnOnce(SessionId, &mut Vec<u8>) -> Result<(), FrameError>,
+    ) -> Result<Incoming, ConnectionError> {
+        let (sender, receiver) = oneshot::channel();
+        let session = self.register(Route::Once(sender));
+        let mut out = Vec::new();
+        frame(session, &mut out)?;
+        self.write(&out).await?;
+        match receiver.await {
+            Ok(incoming) => Ok(incoming),
+            Err(_) => Err(self.wait_ended().await),
+        }
+    }
+
+    /// Opens a session; its frames arrive at the receiver until the one that ends it.
+    pub(crate) async fn open_session(
+        self: &Arc<Self>,
+        message: &impl Serialize,
+    ) -> Result<Session, ConnectionError> {
+        let (sender, incoming) = mpsc::unbounded_channel();
+        let id = self.register(Route::Session(sender));
+        let session = Session { connection: self.clone(), id, incoming };
+        session.send(Kind::Open, message).await?;
+        Ok(session)
+    }
+
+    fn register(&self, route: Route) -> SessionId {
+        let mut routes = self.routes.lock();
+        loop {
+            let id = SessionId(self.next_session.fetch_add(1, Ordering::Relaxed));
+            if id != SessionId::CONNECTION && !routes.contains_key(&id) {
+                routes.insert(id, route);
+                return id;
+            }
+        }
+    }
+
+    async fn write(&self, frame: &[u8]) -> Result<(), ConnectionError> {
+        let mut writer = self.writer.lock().await;
+        match writer.write_all(frame).await {
+            Ok(()) => Ok(()),
+            // The reader knows more than "broken pipe": what the sandbox process said at last.
+            Err(_) => Err(self.wait_ended().await),
+        }
+    }
+}
+
+/// One session's end of a connection.
+pub(crate) struct Session {
+    connection: Arc<Connection>,
+    id: SessionId,
+    incoming: mpsc::UnboundedReceiver<Incoming>,
+}
+
+impl Session {
+    pub(crate) fn id(&self) -> SessionId {
+        self.id
+    }
+
+    /// The next frame; an error when the connection ended before the session did.
+    pub(crate) async fn next(&mut self) -> Result<Incoming, ConnectionError> {
+        match self.incoming.recv().await {
+            Some(incoming) => Ok(incoming),
+            None => Err(self.connection.wait_ended().await),
+        }
+    }
+
+    pub(crate) async fn send(&self, kind: Kind, message: &impl Serialize) -> Result<(), ConnectionError> {
+        let mut out = Vec::new();
+        encode(kind, self.id, message, &mut out)?;
+        self.connection.write(&out).await
+    }
+
+    pub(crate) async fn send_raw(&self, kind: Kind, payload: &[u8]) -> Result<(), ConnectionError> {
+        let mut out = Vec::new();
+        encode_raw(kind, self.id, payload, &mut out)?;
+        self.connection.write(&out).await
+    }
+}
+
+impl Session {
+    /// Ends the session's command without waiting for it; best effort, for destructors.
+    pub(crate) fn kill_in_background(&self) {
+        const SIGKILL: i32 = 9;
+        let mut out = Vec::new();
+        let encoded = encode(Kind::Signal, self.id, &Signal { number: SIGKILL }, &mut out);
+        if let (Ok(()), Ok(runtime)) = (encoded, tokio::runtime::Handle::try_current()) {
+            let connection = self.connection.clone();
+            runtime.spawn(async move { connection.write(&out).await });
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Frames that still come for it are nobody's.
+        self.connection.routes.lock().remove(&self.id);
+    }
+}
+
+/// Reads up to and including the peer's Hello.
+async fn greet(reader: &mut OwnedReadHalf, decoder: &mut Decoder) -> Result<(), ConnectionError> {
+    loop {
+        if let Some(frame) = decoder.next_frame()? {
+            return match frame.header.kind {
+                Kind::Hello => match Hello::from_payload(frame.payload())?.agree() {
+                    Ok(_) => Ok(()),
+                    Err(mismatch) => {
+                        Err(ConnectionError::Version { ours: mismatch.ours, theirs: mismatch.theirs })
+                    }
+                },
+                Kind::Fatal => Err(decode::<Fatal>(frame.payload())?.into()),
+                kind => Err(ConnectionError::Refused(format!("it began with {kind:?}"))),
+            };
+        }
+        fill(reader, decoder).await?;
+    }
+}
+
+async fn fill(reader: &mut OwnedReadHalf, decoder: &mut Decoder) -> Result<(), ConnectionError> {
+    let count = reader.read(decoder.space()).await?;
+    decoder.filled(count);
+    if count == 0 { Err(ConnectionError::Closed) } else { Ok(()) }
+}
+
+async fn read_frames(
+    mut reader: OwnedReadHalf,
+    mut decoder: Decoder,
+    routes: &Routes,
+) -> Result<(), ConnectionError> {
+    loop {
+        while let Some(frame) = decoder.next_frame()? {
+            route(&frame, routes)?;
+        }
+        fill(&mut reader, &mut decoder).await?;
+    }
+}
+
+fn route(frame: &Frame<'_>, routes: &Routes) -> Result<(), ConnectionError> {
+    let Frame { header, .. } = frame;
+    if header.kind == Kind::Fatal {
+        return Err(decode::<Fatal>(frame.payload())?.into());
+    }
+    let incoming = || Incoming { kind: header.kind, payload: Bytes::copy_from_slice(frame.payload()) };
+    let mut routes = routes.lock();
+    // A session without a route was dropped by its owner.
+    match routes.remove(&header.session) {
+        Some(Route::Session(sender)) => {
+            let open = sender.send(incoming()).is_ok();
+            if open && !header.kind.ends_session() {
+                routes.insert(header.session, Route::Session(sender));
+            }
+        }
+        Some(Route::Once(sender)) => drop(sender.send(incoming())),
+        None => {}
+    }
+    Ok(())
+}
+

@@ -1,0 +1,368 @@
+//! Commands in a sandbox: what to run, what comes back, and the handle of one that runs.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use cubby_protocol::message::{Credit, Exited, Open, Rlimit, Signal, Started, TtySize};
+use cubby_protocol::{CHUNK, INITIAL_WINDOW, Kind, decode};
+
+use crate::connection::{Connection, Incoming, Session};
+use crate::error::{Error, R};
+
+/// How a command is run. What is not set is as the sandbox was configured.
+#[derive(Debug, Default)]
+pub struct ExecOptions {
+    pub(crate) open: Open,
+    pub(crate) stdin: Option<Vec<u8>>,
+}
+
+impl ExecOptions {
+    /// Adds arguments.
+    pub fn args(&mut self, args: impl IntoIterator<Item = impl Into<String>>) -> &mut Self {
+        self.open.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Sets a variable of the environment.
+    pub fn env(&mut self, name: impl Into<String>, value: impl Into<String>) -> &mut Self {
+        self.open.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// The working directory.
+    pub fn cwd(&mut self, path: impl Into<String>) -> &mut Self {
+        self.open.cwd = Some(path.into());
+        self
+    }
+
+    /// `name`, `uid`, `name:group` or `uid:gid`.
+    pub fn user(&mut self, user: impl Into<String>) -> &mut Self {
+        self.open.user = Some(user.into());
+        self
+    }
+
+    /// Ends the command's process group (TERM, and KILL two seconds later) when it runs longer than this;
+    /// the guest keeps the time. The call then fails with [`Error::Timeout`].
+    pub fn timeout(&mut self, timeout: Duration) -> &mut Self {
+        self.open.timeout_ms = Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).max(1));
+        self
+    }
+
+    /// What the command reads from its standard input, which then ends. Without it, `exec` gives the
+    /// command `/dev/null`.
+    pub fn stdin(&mut self, bytes: impl Into<Vec<u8>>) -> &mut Self {
+        self.stdin = Some(bytes.into());
+        self
+    }
+
+    /// A resource limit by its Linux number (`RLIMIT_NOFILE` is 7); [`u64::MAX`] is unlimited.
+    pub fn rlimit(&mut self, resource: u8, soft: u64, hard: u64) -> &mut Self {
+        self.open.rlimits.push(Rlimit { resource, soft, hard });
+        self
+    }
+
+    /// A terminal of this size for all three streams; its output arrives as standard output.
+    pub fn tty(&mut self, rows: u16, cols: u16) -> &mut Self {
+        self.open.tty = Some(TtySize { rows, cols });
+        self
+    }
+}
+
+/// How a command ended: by `exit`, or by a signal. Never both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitStatus {
+    /// What it passed to `exit`, if it did.
+    pub code: Option<i32>,
+    /// The signal that ended it, if one did.
+    pub signal: Option<i32>,
+}
+
+impl ExitStatus {
+    /// Whether the command exited with zero.
+    pub fn success(&self) -> bool {
+        self.code == Some(0)
+    }
+}
+
+/// A finished command and all of its output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExecOutput {
+    status: ExitStatus,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+impl ExecOutput {
+    /// How it ended.
+    pub fn status(&self) -> ExitStatus {
+        self.status
+    }
+
+    /// Whether it exited with zero.
+    pub fn success(&self) -> bool {
+        self.status.success()
+    }
+
+    /// Standard output as text; [`Error::NotUtf8`] if it is none.
+    pub fn stdout(&self) -> R<String> {
+        text("standard output", &self.stdout)
+    }
+
+    /// Standard output.
+    pub fn stdout_bytes(&self) -> &[u8] {
+        &self.stdout
+    }
+
+    /// Standard error as text; [`Error::NotUtf8`] if it is none.
+    pub fn stderr(&self) -> R<String> {
+        text("standard error", &self.stderr)
+    }
+
+    /// Standard error.
+    pub fn stderr_bytes(&self) -> &[u8] {
+        &self.stderr
+    }
+}
+
+fn text(what: &'static str, bytes: &[u8]) -> R<String> {
+    String::from_utf8(bytes.to_vec())
+        .map_err(|error| Error::NotUtf8 { what, valid_up_to: error.utf8_error().valid_up_to() })
+}
+
+/// What a running command does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExecEvent {
+    /// It runs.
+    Started {
+        /// Its process id in the guest.
+        pid: u32,
+    },
+    /// It wrote to standard output, or to its terminal.
+    Stdout(Bytes),
+    /// It wrote to standard error.
+    Stderr(Bytes),
+    /// It ended, and all of its output was delivered.
+    Exited(ExitStatus),
+}
+
+/// A running command. Output is taken with [`ExecHandle::next`]; a command whose output nobody takes stops
+/// in its `write` once its window (512 KiB) is full. Dropping the handle kills the command.
+pub struct ExecHandle {
+    session: Session,
+    program: String,
+    name: Arc<str>,
+    /// Bytes taken by the caller for which no credit was given back yet.
+    owed: u32,
+    /// How much standard input the guest takes now, in bytes.
+    stdin_credit: u32,
+    /// Frames that came while something else was awaited.
+    early: VecDeque<Incoming>,
+    ended: bool,
+}
+
+impl ExecHandle {
+    /// Starts a command over `connection`.
+    pub(crate) async fn start(
+        connection: &Arc<Connection>,
+        name: &Arc<str>,
+        open: &Open,
+    ) -> R<Self> {
+        let session =
+            connection.open_session(open).await.map_err(|error| Error::connection(name, error))?;
+        Ok(Self {
+            session,
+            program: open.program.clone(),
+            name: name.clone(),
+            owed: 0,
+            stdin_credit: INITIAL_WINDOW,
+            early: VecDeque::new(),
+            ended: false,
+        })
+    }
+
+    /// The session's number on this connection.
+    pub fn id(&self) -> u32 {
+        self.session.id().0
+    }
+
+    /// What the command does next; `None` once it has ended. A command that could not run is an error, as is
+    /// one that was killed for memory or time.
+    pub async fn next(&mut self) -> Option<R<ExecEvent>> {
+        loop {
+            if self.ended {
+                return None;
+            }
+            let received = match self.early.pop_front() {
+                Some(incoming) => Ok(incoming),
+                None => self.receive().await,
+            };
+            let event = match received {
+                Ok(incoming) => self.on_frame(incoming).await,
+                Err(error) => Err(error),
+            };
+            match event {
+                Ok(None) => {}
+                Ok(Some(event)) => return Some(Ok(event)),
+                Err(error) => {
+                    self.ended = true;
+                    return Some(Err(error));
+                }
+            }
+        }
+    }
+
+    async fn on_frame(&mut self, incoming: Incoming) -> R<Option<ExecEvent>> {
+        let Incoming { kind, payload } = incoming;
+        let event = match kind {
+            Kind::Started => ExecEvent::Started { pid: decode::<Started>(&payload)?.pid },
+            Kind::Stdout => {
+                self.give_back(payload.len()).await?;
+                ExecEvent::Stdout(payload)
+            }
+            Kind::Stderr => {
+                self.give_back(payload.len()).await?;
+                ExecEvent::Stderr(payload)
+            }
+            Kind::Credit => {
+                let more = decode::<Credit>(&payload)?.bytes;
+                self.stdin_credit = self.stdin_credit.saturating_add(more);
+                return Ok(None);
+            }
+            Kind::Exited => {
+                self.ended = true;
+                let status = match decode::<Exited>(&payload)? {
+                    Exited::Code(code) => ExitStatus { code: Some(code), signal: None },
+                    Exited::Signal(signal) => ExitStatus { code: None, signal: Some(signal) },
+                    Exited::OutOfMemory => return Err(Error::killed_for_memory(&self.program)),
+                    Exited::TimedOut => return Err(Error::Timeout { what: self.program.clone() }),
+                };
+                ExecEvent::Exited(status)
+            }
+            Kind::Failed => return Err(Error::exec_failed(&self.program, decode(&payload)?)),
+            Kind::Refused => return Err(Error::refused(&self.name, "exec", decode(&payload)?)),
+            kind => return Err(Error::unexpected(kind)),
+        };
+        Ok(Some(event))
+    }
+
+    /// Lets the guest send more once a good part of the window was taken.
+    async fn give_back(&mut self, bytes: usize) -> R<()> {
+        self.owed = self.owed.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
+        if self.owed >= INITIAL_WINDOW / 4 {
+            let credit = Credit { bytes: std::mem::take(&mut self.owed) };
+            self.send(Kind::Credit, &credit).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes to the command's standard input; waits while the command does not read. Fails with
+    /// [`Error::ExecEnded`] once the command has ended, and with [`Error::OutputFull`], which says how much was
+    /// written, when the command can read no more before its output is taken: call [`Self::next`] and go on.
+    pub async fn write_stdin(&mut self, bytes: impl AsRef<[u8]>) -> R<()> {
+        let bytes = bytes.as_ref();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            rest = self.write_some(rest).await?;
+            if rest.is_empty() || self.stdin_credit > 0 {
+                continue;
+            }
+            let unread: usize = self.early.iter().map(|incoming| incoming.payload.len()).sum();
+            if unread >= INITIAL_WINDOW as usize / 2 {
+                return Err(Error::OutputFull { written: bytes.len() - rest.len() });
+            }
+            let incoming = self.receive().await?;
+            match incoming.kind {
+                Kind::Credit => drop(self.on_frame(incoming).await?),
+                _ => self.early.push_back(incoming),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes as much as the window allows and returns what is left.
+    async fn write_some<'b>(&mut self, bytes: &'b [u8]) -> R<&'b [u8]> {
+        if self.ended || self.early.iter().any(|incoming| incoming.kind.ends_session()) {
+            return Err(Error::ExecEnded { program: self.program.clone() });
+        }
+        let room = bytes.len().min(CHUNK).min(self.stdin_credit as usize);
+        let (now, later) = bytes.split_at(room);
+        if room > 0 {
+            self.send_raw(Kind::Stdin, now).await?;
+            self.stdin_credit -= u32::try_from(room).unwrap_or(self.stdin_credit);
+        }
+        Ok(later)
+    }
+
+    /// Ends the command's standard input.
+    pub async fn close_stdin(&mut self) -> R<()> {
+        self.send_raw(Kind::StdinClose, &[]).await
+    }
+
+    /// Sends a signal to the command's process group.
+    pub async fn signal(&mut self, number: i32) -> R<()> {
+        self.send(Kind::Signal, &Signal { number }).await
+    }
+
+    /// Tells the command's terminal its new size.
+    pub async fn resize(&mut self, rows: u16, cols: u16) -> R<()> {
+        self.send(Kind::Resize, &TtySize { rows, cols }).await
+    }
+
+    /// Waits for the command's end and discards what it still writes.
+    pub async fn wait(&mut self) -> R<ExitStatus> {
+        while let Some(event) = self.next().await {
+            if let ExecEvent::Exited(status) = event? {
+                return Ok(status);
+            }
+        }
+        Err(Error::ExecEnded { program: self.program.clone() })
+    }
+
+    /// Feeds `stdin`, collects all output and waits for the end.
+    pub(crate) async fn collect(mut self, stdin: Option<Vec<u8>>) -> R<ExecOutput> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let mut input = stdin.as_deref();
+        loop {
+            // Input goes in as far as the window allows, and output comes out meanwhile.
+            if let Some(rest) = input {
+                let left = self.write_some(rest).await?;
+                input = (!left.is_empty()).then_some(left);
+                if input.is_none() {
+                    self.close_stdin().await?;
+                }
+                if self.stdin_credit > 0 {
+                    continue;
+                }
+            }
+            let incoming = self.receive().await?;
+            match self.on_frame(incoming).await? {
+                None | Some(ExecEvent::Started { .. }) => {}
+                Some(ExecEvent::Stdout(bytes)) => stdout.extend_from_slice(&bytes),
+                Some(ExecEvent::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
+                Some(ExecEvent::Exited(status)) => return Ok(ExecOutput { status, stdout, stderr }),
+            }
+        }
+    }
+
+    async fn receive(&mut self) -> R<Incoming> {
+        self.session.next().await.map_err(|error| Error::connection(&self.name, error))
+    }
+
+    async fn send_raw(&self, kind: Kind, payload: &[u8]) -> R<()> {
+        self.session.send_raw(kind, payload).await.map_err(|error| Error::connection(&self.name, error))
+    }
+
+    async fn send(&self, kind: Kind, message: &impl serde::Serialize) -> R<()> {
+        self.session.send(kind, message).await.map_err(|error| Error::connection(&self.name, error))
+    }
+}
+
+impl Drop for ExecHandle {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.session.kill_in_background();
+        }
+    }
+}

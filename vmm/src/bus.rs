@@ -1,0 +1,103 @@
+//! Where a guest's access to an I/O port or to device memory goes.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cubby_devices::Transport;
+use cubby_devices::console::Console;
+
+use crate::arch::layout;
+use crate::exit::Exit;
+
+/// A port that the guest writes single bytes to, to say how far it has come. Every write is a VM exit,
+/// needs no driver, and runs the embedder's function on the vCPU's thread.
+pub struct Marks {
+    /// The I/O port.
+    pub port: u16,
+    /// Called with the byte; it must not block.
+    pub on_mark: Box<dyn FnMut(u8) -> Flow + Send>,
+}
+
+/// What follows a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// The guest goes on.
+    Continue,
+    /// The VM ends with [`Exit::PowerOff`].
+    PowerOff,
+}
+
+/// The keyboard controller's status port; its reset line is all that is left of it.
+const I8042_COMMAND: u16 = layout::I8042_PORT + 4;
+const I8042_RESET: u8 = 0xfe;
+
+pub(crate) struct Bus {
+    pub(crate) console: Mutex<Console>,
+    pub(crate) marks: Option<Mutex<Marks>>,
+    pub(crate) virtio: Vec<Mutex<Transport>>,
+}
+
+impl Bus {
+    /// A write to an I/O port; ports that nobody has swallow it.
+    pub(crate) fn port_out(&self, port: u16, data: &[u8]) -> Option<Exit> {
+        let byte = *data.first()?;
+        match port {
+            layout::SERIAL_PORT..=layout::SERIAL_PORT_LAST => {
+                lock(&self.console).write((port - layout::SERIAL_PORT) as u8, byte);
+                None
+            }
+            I8042_COMMAND if byte == I8042_RESET => Some(Exit::Reset),
+            _ => {
+                let mut marks = lock(self.marks.as_ref()?);
+                if port != marks.port {
+                    return None;
+                }
+                match (marks.on_mark)(byte) {
+                    Flow::Continue => None,
+                    Flow::PowerOff => Some(Exit::PowerOff),
+                }
+            }
+        }
+    }
+
+    /// A read from an I/O port; ports that nobody has read as ones, as an empty bus does.
+    pub(crate) fn port_in(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        let value = match port {
+            layout::SERIAL_PORT..=layout::SERIAL_PORT_LAST => {
+                lock(&self.console).read((port - layout::SERIAL_PORT) as u8)
+            }
+            // Neither input nor output is pending: a write of the reset command follows.
+            layout::I8042_PORT | I8042_COMMAND => 0,
+            _ => return,
+        };
+        if let Some(first) = data.first_mut() {
+            *first = value;
+        }
+    }
+
+    /// A read from device memory; addresses that nobody has read as ones.
+    pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match self.virtio_at(address) {
+            Some((mut device, offset)) => device.read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// A write to device memory; addresses that nobody has swallow it.
+    pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((mut device, offset)) = self.virtio_at(address) {
+            device.write(offset, data);
+        }
+    }
+
+    fn virtio_at(&self, address: u64) -> Option<(MutexGuard<'_, Transport>, u64)> {
+        let relative = address.checked_sub(layout::VIRTIO_MMIO)?;
+        let index = usize::try_from(relative / layout::VIRTIO_MMIO_SIZE).ok()?;
+        Some((lock(self.virtio.get(index)?), relative % layout::VIRTIO_MMIO_SIZE))
+    }
+}
+
+/// Locks, whoever panicked with the lock held: device state is valid between any two of its writes.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,289 @@
+//! One virtual machine, from nothing to its last thread.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use cubby_devices::console::Console;
+use cubby_devices::rng::Rng;
+use cubby_devices::vsock::{GuestCid, Vsock};
+use cubby_devices::{Device, Interrupt, Memory, Transport};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use vm_memory::GuestMemoryBackend;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::arch::{self, cpu, layout};
+use crate::bus::{Bus, lock};
+use crate::config::{Error, VmConfig};
+use crate::exit::{Exit, ExitSlot};
+use crate::vcpu::VcpuThread;
+use crate::worker::{DeviceLoop, EventLoop, Worker, new_loop};
+use crate::{disk, kernel, memory, probe, sys};
+
+/// A step of [`Vm::boot`], for those who want to know where the time goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// KVM was probed, and the VM, its memory slots and interrupt controllers exist.
+    Kvm,
+    /// Kernel, initramfs and boot tables are in guest memory.
+    Load,
+    /// Devices and vCPUs exist.
+    Devices,
+}
+
+/// A virtual machine. Dropping it ends its threads and frees its memory.
+pub struct Vm {
+    vcpus: Vec<VcpuThread>,
+    exit: Arc<ExitSlot>,
+    bus: Arc<Bus>,
+    vsock: Option<Arc<Mutex<Vsock>>>,
+    phases: [(Phase, Duration); 3],
+    disks: Vec<Worker>,
+    /// Closing it would take the interrupt lines away from running vCPUs.
+    _vm: VmFd,
+    /// Held so that the guest's memory outlives everything that knows its address.
+    _memory: Memory,
+}
+
+impl Vm {
+    /// Makes a VM with everything in place and its vCPUs parked: [`Vm::resume`] lets it run. The vsock
+    /// and the source of entropy go onto `events`, which the caller runs; disks have threads of their own.
+    pub fn boot(config: VmConfig, events: &mut EventLoop) -> Result<Self, Error> {
+        let begin = Instant::now();
+        check(&config)?;
+        let kvm = probe::probe()?;
+        let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+        let memory = memory::map(config.memory_mib)?;
+        // Slots come first: adding one behind an interrupt controller costs 70 times as much.
+        for (slot, region) in (0..).zip(memory.iter()) {
+            sys::set_memory_slot(&vm, slot, region)
+                .map_err(|source| Error::Kvm { call: "KVM_SET_USER_MEMORY_REGION", source })?;
+        }
+        vm.set_tss_address(layout::KVM_TSS).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
+        let kvm_done = begin.elapsed();
+
+        let loaded = kernel::load(&memory, &config.kernel)?;
+        let disks = config.disks.len();
+        let windows = disks + 1 + usize::from(config.vsock_cid.is_some());
+        let boot = arch::Boot {
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            kernel_end: loaded.end,
+            cmdline: &command_line(&config.cmdline, windows),
+            initramfs: &config.initramfs,
+        };
+        arch::place(&memory, &boot)?;
+        let load_done = begin.elapsed();
+
+        let mut devices = Devices { vm: &vm, memory: &memory, transports: Vec::new() };
+        let mut workers = Vec::with_capacity(disks);
+        for (index, disk) in config.disks.into_iter().enumerate() {
+            let blk = disk::open(index, disk)?;
+            let device = devices.add(Arc::new(Mutex::new(blk)))?;
+            workers.push(Worker::spawn(format!("disk{index}"), device)?);
+        }
+        events.add_subscriber(Box::new(devices.add(Arc::new(Mutex::new(Rng::new(sys::OsEntropy))))?));
+        let vsock = config.vsock_cid.map(GuestCid::try_from).transpose().map_err(|_| Error::Config {
+            field: "vsock_cid",
+            given: "a reserved context id".into(),
+            allowed: "guests have 3 to 4294967294",
+        })?;
+        let vsock = vsock.map(|cid| Arc::new(Mutex::new(Vsock::new(cid))));
+        if let Some(vsock) = &vsock {
+            events.add_subscriber(Box::new(devices.add(vsock.clone())?));
+        }
+        let bus = Arc::new(Bus {
+            console: Mutex::new(Console::new(line(&vm, layout::SERIAL_GSI)?)),
+            marks: config.marks.map(Mutex::new),
+            virtio: devices.transports.into_iter().map(Mutex::new).collect(),
+        });
+        let exit = Arc::new(ExitSlot::new().map_err(Error::resource("the exit event"))?);
+        let vcpus = start_vcpus(&kvm, &vm, config.vcpus, loaded.entry, &bus, &exit)?;
+        let phases = [
+            (Phase::Kvm, kvm_done),
+            (Phase::Load, load_done.saturating_sub(kvm_done)),
+            (Phase::Devices, begin.elapsed().saturating_sub(load_done)),
+        ];
+        Ok(Self { vcpus, exit, bus, vsock, phases, disks: workers, _vm: vm, _memory: memory })
+    }
+
+    /// Lets every vCPU run.
+    pub fn resume(&self) {
+        self.vcpus.iter().for_each(VcpuThread::resume);
+    }
+
+    /// Takes every vCPU out of the guest and waits until they are. Devices answer what they have begun
+    /// and then have nothing to do, since nobody kicks them.
+    pub fn pause(&self) {
+        let parked: Vec<_> = self.vcpus.iter().map(VcpuThread::park).collect();
+        for vcpu in parked {
+            // The answer is the channel's end.
+            let _ = vcpu.recv();
+        }
+        for transport in &self.bus.virtio {
+            let device = lock(transport).device().clone();
+            drop(lock(&device));
+        }
+    }
+
+    /// How the VM ended, once it has.
+    pub fn exit(&self) -> Option<Exit> {
+        self.exit.get()
+    }
+
+    /// Readable once the VM has ended.
+    pub fn exit_event(&self) -> &EventFd {
+        self.exit.event()
+    }
+
+    /// Ends the VM as if its power were cut, unless it has ended already, and waits for its threads.
+    pub fn kill(&mut self) {
+        self.exit.set(Exit::Killed);
+        for vcpu in self.vcpus.drain(..) {
+            vcpu.end();
+        }
+        self.disks.clear();
+    }
+
+    /// Runs `events` until the VM ends. An embedder with an event loop of its own watches
+    /// [`Vm::exit_event`] instead.
+    pub fn run(mut self, events: &mut EventLoop) -> Exit {
+        self.resume();
+        loop {
+            if let Some(exit) = self.exit() {
+                self.kill();
+                return exit;
+            }
+            if events.run_with_timeout(100).is_err() {
+                self.kill();
+            }
+        }
+    }
+
+    /// The vsock, if the configuration has one.
+    pub fn vsock(&self) -> Option<&Arc<Mutex<Vsock>>> {
+        self.vsock.as_ref()
+    }
+
+    /// The newest 64 KiB that the guest wrote to its console.
+    pub fn console_tail(&self) -> Vec<u8> {
+        lock(&self.bus.console).tail()
+    }
+
+    /// How long each step of [`Vm::boot`] took.
+    pub fn phases(&self) -> &[(Phase, Duration)] {
+        &self.phases
+    }
+
+    /// An event loop to give to [`Vm::boot`].
+    pub fn event_loop() -> Result<EventLoop, Error> {
+        new_loop()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn check(config: &VmConfig) -> Result<(), Error> {
+    if config.vcpus == 0 || config.vcpus > layout::MAX_VCPUS {
+        return Err(Error::Config {
+            field: "vcpus",
+            given: config.vcpus.to_string(),
+            allowed: "a VM has 1 to 32",
+        });
+    }
+    if config.memory_mib < 32 {
+        return Err(Error::Config {
+            field: "memory_mib",
+            given: config.memory_mib.to_string(),
+            allowed: "a VM needs 32 or more",
+        });
+    }
+    if config.disks.len() > MAX_DISKS {
+        return Err(Error::Config {
+            field: "disks",
+            given: config.disks.len().to_string(),
+            allowed: "there are interrupt lines for 17",
+        });
+    }
+    Ok(())
+}
+
+/// Interrupt lines that are left once the source of entropy and the vsock have theirs.
+const MAX_DISKS: usize = (layout::GSI_END - layout::VIRTIO_GSI) as usize - 2;
+
+/// The embedder's command line, and where the virtio windows are.
+fn command_line(given: &str, windows: usize) -> String {
+    let mut line = given.to_owned();
+    for (window, gsi) in (0..windows as u64).zip(layout::VIRTIO_GSI..) {
+        let address = layout::VIRTIO_MMIO + window * layout::VIRTIO_MMIO_SIZE;
+        line.push_str(&format!(" virtio_mmio.device=4K@{address:#x}:{gsi}"));
+    }
+    line
+}
+
+/// Gives devices their windows, interrupt lines and kicks, in the order they are added.
+struct Devices<'a> {
+    vm: &'a VmFd,
+    memory: &'a Memory,
+    transports: Vec<Transport>,
+}
+
+impl Devices<'_> {
+    fn add(&mut self, device: Arc<Mutex<dyn Device>>) -> Result<DeviceLoop, Error> {
+        const QUEUE_NOTIFY: u64 = 0x50;
+        let (window, gsi) =
+            (0u64..).zip(layout::VIRTIO_GSI..).nth(self.transports.len()).unwrap_or((0, layout::GSI_END));
+        let line = line(self.vm, gsi)?;
+        let notify = layout::VIRTIO_MMIO + window * layout::VIRTIO_MMIO_SIZE + QUEUE_NOTIFY;
+        let queues = u32::try_from(lock(&device).queue_sizes().len()).unwrap_or(u32::MAX);
+        let mut kicks = Vec::new();
+        for queue in 0..queues {
+            let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::resource("a queue's kick"))?;
+            self.vm
+                .register_ioevent(&kick, &IoEventAddress::Mmio(notify), queue)
+                .map_err(Error::kvm("KVM_IOEVENTFD"))?;
+            kicks.push(kick);
+        }
+        self.transports.push(Transport::new(device.clone(), self.memory.clone(), line));
+        Ok(DeviceLoop::new(device, kicks))
+    }
+}
+
+/// An interrupt line: an irqfd.
+struct Line(EventFd);
+
+impl Interrupt for Line {
+    fn raise(&self) {
+        // It can fail only if the counter is full, and then the line is raised already.
+        let _ = self.0.write(1);
+    }
+}
+
+fn line(vm: &VmFd, gsi: u32) -> Result<Arc<dyn Interrupt>, Error> {
+    let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::resource("an interrupt line"))?;
+    vm.register_irqfd(&event, gsi).map_err(Error::kvm("KVM_IRQFD"))?;
+    Ok(Arc::new(Line(event)))
+}
+
+fn start_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    entry: u64,
+    bus: &Arc<Bus>,
+    exit: &Arc<ExitSlot>,
+) -> Result<Vec<VcpuThread>, Error> {
+    sys::install_kick_handler().map_err(Error::resource("the kick signal"))?;
+    let template = cpu::CpuTemplate::new(kvm)?;
+    (0..count)
+        .map(|index| {
+            let fd = vm.create_vcpu(u64::from(index)).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
+            cpu::set_up(&fd, &template, index, count, entry)?;
+            VcpuThread::spawn(index, fd, bus.clone(), exit.clone())
+        })
+        .collect()
+}
