@@ -92,7 +92,9 @@ pub enum Error {
         why: String,
     },
     /// The kernel, the initramfs and the boot data do not fit.
-    #[error("{what} needs {needed} bytes, but guest memory of {mib} MiB has no room for it: give the VM more memory")]
+    #[error(
+        "{what} needs {needed} bytes, but guest memory of {mib} MiB has no room for it: give the VM more memory"
+    )]
     DoesNotFit {
         /// What was to be placed.
         what: &'static str,

@@ -58,12 +58,7 @@ enum Task {
     #[command(hide = true)]
     KvmServer,
     #[command(hide = true)]
-    KvmKeeper {
-        mode: String,
-        once: String,
-        kernel: PathBuf,
-        dir: PathBuf,
-    },
+    KvmKeeper { mode: String, once: String, kernel: PathBuf, dir: PathBuf },
 }
 
 fn main() -> ExitCode {

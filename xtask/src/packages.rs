@@ -45,8 +45,12 @@ pub const IMAGES: &[Need] = &[
     ("docker-registry", "docker-registry"),
 ];
 
-/// What the tests compare with and build with.
-pub const TESTS: &[Need] = &[("erofs-utils", "fsck.erofs"), ("e2fsprogs", "mkfs.ext4"), ("gcc", "gcc")];
+/// Linking programs, statically too.
+pub const LINKER: &[Need] = &[("gcc", "gcc"), ("libc6-dev", "/usr/include/stdio.h")];
+
+/// What the tests hold our work against.
+pub const TESTS: &[Need] =
+    &[("erofs-utils", "fsck.erofs"), ("e2fsprogs", "fsck.ext4"), ("umoci", "umoci"), ("skopeo", "skopeo")];
 
 /// Installs what is missing of `needs`.
 pub fn ensure(why: &str, needs: &[&[Need]]) -> Result<()> {

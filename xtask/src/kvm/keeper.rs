@@ -145,7 +145,8 @@ fn dial(port: u16, token: &[u8], patience: Duration) -> Result<TcpStream> {
 
 /// Carries both directions until the server has said all, or the client is gone.
 fn carry(client: &UnixStream, port: u16, token: &[u8]) -> Result<()> {
-    let server = dial(port, token, Duration::from_secs(20)).context("the server in the machine does not answer")?;
+    let server =
+        dial(port, token, Duration::from_secs(20)).context("the server in the machine does not answer")?;
     thread::scope(|scope| {
         scope.spawn(|| {
             let _ = copy(client, &server);

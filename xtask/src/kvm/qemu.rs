@@ -57,8 +57,9 @@ impl Machine {
     pub fn check(&mut self, dir: &Path) -> Result<()> {
         for child in &mut self.0 {
             if let Some(status) = child.try_wait()? {
-                let said = ["files.log", "qemu.log", "console.log"]
-                    .map(|log| String::from_utf8_lossy(&fs::read(dir.join(log)).unwrap_or_default()).into_owned());
+                let said = ["files.log", "qemu.log", "console.log"].map(|log| {
+                    String::from_utf8_lossy(&fs::read(dir.join(log)).unwrap_or_default()).into_owned()
+                });
                 bail!("the KVM test machine ended ({status})\n{}", said.concat());
             }
         }
@@ -80,7 +81,14 @@ fn command(mode: Mode, kernel: &Path, dir: &Path, port: u16) -> Command {
     match mode {
         Mode::Normal => qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-smp", "2"]),
         // One instruction is one nanosecond; a processor that waits skips to its next timer.
-        Mode::Icount => qemu.args(["-accel", "tcg,thread=single,tb-size=512", "-smp", "1", "-icount", "shift=0,sleep=off,align=off"]),
+        Mode::Icount => qemu.args([
+            "-accel",
+            "tcg,thread=single,tb-size=512",
+            "-smp",
+            "1",
+            "-icount",
+            "shift=0,sleep=off,align=off",
+        ]),
     };
     qemu.args(["-cpu", "max,+svm,+npt", "-nodefaults", "-display", "none", "-no-reboot", "-m"])
         .arg(MEMORY.to_string())

@@ -79,7 +79,9 @@ fn start(request: Request) -> Result<Child> {
     if request.user != 0 {
         command.uid(request.user).gid(request.group);
     }
-    command.spawn().with_context(|| format!("cannot run {} on the KVM test machine", program.to_string_lossy()))
+    command
+        .spawn()
+        .with_context(|| format!("cannot run {} on the KVM test machine", program.to_string_lossy()))
 }
 
 /// Puts the host's own directory in the overlay's place. New files in it are seen at once, and so are changed ones,

@@ -1,0 +1,106 @@
+//! `xtask within`: runs one program with all that sandboxes need around it: a fresh `CUBBY_HOME` in memory, the
+//! assets, the Python image, and, when asked for, a registry that serves it. It runs where the program runs, so it is the
+//! same on this computer and on the KVM test machine.
+//!
+//! The program finds in its environment: `CUBBY_HOME`, `CUBBY_ASSETS`, `CUBBY_RUNTIME`; `CUBBY_TEST_IMAGE` (an `oci:`
+//! reference); and with a registry `CUBBY_TEST_REGISTRY` (`localhost:PORT`) and `CUBBY_TEST_REFERENCE` (the image in it).
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use anyhow::{Context, Result};
+
+use crate::images::PythonImage;
+use crate::process::{self, command};
+use crate::registry::Registry;
+use crate::{assets, workspace};
+
+/// What is to be around the program.
+pub struct Around<'a> {
+    /// As [`assets::build`] made it.
+    pub assets: &'a Path,
+    /// The Python image, if it is needed.
+    pub image: Option<&'a Path>,
+    /// Whether to serve it.
+    pub registry: bool,
+}
+
+impl Around<'_> {
+    /// The command that runs `program` so, here or on the KVM test machine.
+    pub fn command(&self, program: &[OsString]) -> Result<Vec<OsString>> {
+        let mut command: Vec<OsString> = vec![std::env::current_exe()?.into(), "within".into()];
+        command.extend(["--assets".into(), self.assets.into()]);
+        if let Some(image) = self.image {
+            command.extend(["--image".into(), image.into()]);
+        }
+        if self.registry {
+            command.push("--registry".into());
+        }
+        command.push("--".into());
+        command.extend_from_slice(program);
+        Ok(command)
+    }
+
+    /// Runs `program` and returns its exit status.
+    pub fn run(&self, program: &[OsString]) -> Result<u8> {
+        let (name, arguments) = program.split_first().context("no program was given")?;
+        let memory = Memory::new()?;
+        let mut command = Command::new(name);
+        command.args(arguments).env("CUBBY_HOME", memory.0.join("home"));
+        command.envs(assets::environment(self.assets));
+        let image = self.image.map(PythonImage::at);
+        let mut registry = None;
+        if let Some(image) = &image {
+            command.env("CUBBY_TEST_IMAGE", image.layout());
+            if self.registry {
+                let started = registry.insert(served(image, &memory)?);
+                command.env("CUBBY_TEST_REGISTRY", started.address());
+                command.env("CUBBY_TEST_REFERENCE", format!("{}/{}", started.address(), image.name()?));
+            }
+        }
+        let status = process::status(&mut command)?;
+        drop(registry);
+        Ok(code(status))
+    }
+}
+
+/// The exit status as a shell gives it.
+pub fn code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
+    u8::try_from(code).unwrap_or(255)
+}
+
+/// A registry on a copy, so that a test may push to it.
+fn served(image: &PythonImage, memory: &Memory) -> Result<Registry> {
+    let storage = memory.0.join("registry");
+    process::run_quietly(command("cp", ["--recursive"]).arg(image.storage()).arg(&storage))?;
+    Registry::start(&storage)
+}
+
+/// A directory in memory that goes when this does.
+struct Memory(PathBuf);
+
+impl Memory {
+    fn new() -> Result<Self> {
+        let base = Path::new("/dev/shm");
+        let base = if base.is_dir() { base.to_owned() } else { std::env::temp_dir() };
+        let dir = base.join(format!("cubby-{}", std::process::id()));
+        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Everything built and the image made, ready to be around a program.
+pub fn prepare() -> Result<(PathBuf, PythonImage)> {
+    workspace::root()?;
+    Ok((assets::build()?, PythonImage::ensure()?))
+}
