@@ -17,9 +17,12 @@
 
 pub mod blk;
 mod chain;
+pub mod console;
 mod device;
 pub mod mmio;
 mod queue;
+pub mod reset;
+pub mod rng;
 mod signals;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -137,6 +137,19 @@ pub enum Mark {
     PowerOff = 5,
 }
 
+impl Mark {
+    /// The step that the mark ends, in words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AgentStarted => "kernel",
+            Self::Configured => "configuration",
+            Self::RootMounted => "root",
+            Self::Ready => "agent",
+            Self::PowerOff => "power-off",
+        }
+    }
+}
+
 impl TryFrom<u8> for Mark {
     type Error = u8;
     fn try_from(byte: u8) -> Result<Self, u8> {

@@ -109,7 +109,9 @@ impl Client {
     /// The agent takes connections from now on.
     pub(crate) fn connect(&mut self, vsock: &mut Vsock) {
         if self.stream == Stream::None && !self.closing {
-            let id = vsock.connect(Port(AGENT_PORT));
+            let Ok(id) = vsock.connect(Port(AGENT_PORT)) else {
+                return self.refuse(&Fatal::Protocol("the guest has no stream left".into()));
+            };
             vsock.send(id, &Hello::OURS.to_frame());
             self.stream = Stream::Greeting(id);
         }
@@ -118,6 +120,14 @@ impl Client {
     /// Answers a call.
     pub(crate) fn reply(&mut self, session: SessionId, reply: &Reply) {
         self.say(Kind::Reply, session, reply);
+    }
+
+    /// Says why, in the place of a greeting, to a client that is not taken.
+    pub(crate) fn turn_away(mut self, why: &Fatal) {
+        self.own.clear();
+        self.refuse(why);
+        // An empty socket takes so few bytes at once.
+        let _ = self.flush_own();
     }
 
     /// Says why and ends the connection.

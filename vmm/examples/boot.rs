@@ -24,11 +24,11 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         cmdline: "console=ttyS0 reboot=k panic=-1".into(),
         disks: disks.collect::<std::io::Result<_>>()?,
         vsock_cid: Some(3),
+        console: Some(Box::new(std::io::stdout())),
         marks: None,
     };
     let mut events = Vm::event_loop()?;
     let vm = Vm::boot(config, &mut events)?;
-    vm.tee_console(Box::new(std::io::stdout()));
     let exit = vm.run(&mut events);
     eprintln!("the VM ended: {exit:?}");
     Ok(ExitCode::SUCCESS)

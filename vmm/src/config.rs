@@ -21,7 +21,10 @@ pub struct VmConfig {
     /// Disks in the order of their names, `/dev/vda` first.
     pub disks: Vec<Disk>,
     /// The guest's vsock context id, 3 or more; no vsock without one.
-    pub vsock_cid: Option<u64>,
+    pub vsock_cid: Option<u32>,
+    /// Where the guest's console goes, besides the newest 64 KiB that [`crate::Vm::console_tail`] has. It is
+    /// written on a vCPU's thread, byte by byte.
+    pub console: Option<Box<dyn io::Write + Send>>,
     /// An I/O port through which the guest tells the embedder how far it has come.
     pub marks: Option<Marks>,
 }
@@ -92,9 +95,7 @@ pub enum Error {
         why: String,
     },
     /// The kernel, the initramfs and the boot data do not fit.
-    #[error(
-        "{what} needs {needed} bytes, but guest memory of {mib} MiB has no room for it: give the VM more memory"
-    )]
+    #[error("{what} needs {needed} bytes, but guest memory of {mib} MiB has no room for it: give the VM more memory")]
     DoesNotFit {
         /// What was to be placed.
         what: &'static str,

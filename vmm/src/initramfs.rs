@@ -24,14 +24,7 @@ impl Archive {
         let name_size = name.len() + 1;
         let header = format!(
             "070701{inode:08x}{mode:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{major:08x}{minor:08x}{name_size:08x}{:08x}",
-            0,
-            0,
-            1,
-            0,
-            data.len(),
-            0,
-            0,
-            0
+            0, 0, 1, 0, data.len(), 0, 0, 0
         );
         self.0.extend_from_slice(header.as_bytes());
         self.0.extend_from_slice(name.as_bytes());

@@ -35,7 +35,7 @@ mod worker;
 pub use bus::{Flow, Marks};
 pub use config::{Disk, DiskCache, Error, VmConfig};
 pub use exit::Exit;
-pub use vm::{Phase, Vm};
+pub use vm::Vm;
 pub use worker::{DeviceLoop, EventLoop};
 
 pub use cubby_devices as devices;

@@ -1,12 +1,13 @@
 //! One virtual machine, from nothing to its last thread.
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use cubby_devices::console::Console;
+use cubby_devices::console::{Console, ConsoleLog};
 use cubby_devices::rng::Rng;
 use cubby_devices::vsock::{GuestCid, Vsock};
 use cubby_devices::{Device, Interrupt, Memory, Transport};
+use event_manager::SubscriberOps;
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -19,24 +20,14 @@ use crate::vcpu::VcpuThread;
 use crate::worker::{DeviceLoop, EventLoop, Worker, new_loop};
 use crate::{disk, kernel, memory, probe, sys};
 
-/// A step of [`Vm::boot`], for those who want to know where the time goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// KVM was probed, and the VM, its memory slots and interrupt controllers exist.
-    Kvm,
-    /// Kernel, initramfs and boot tables are in guest memory.
-    Load,
-    /// Devices and vCPUs exist.
-    Devices,
-}
-
 /// A virtual machine. Dropping it ends its threads and frees its memory.
 pub struct Vm {
     vcpus: Vec<VcpuThread>,
     exit: Arc<ExitSlot>,
     bus: Arc<Bus>,
     vsock: Option<Arc<Mutex<Vsock>>>,
-    phases: [(Phase, Duration); 3],
+    phases: [(&'static str, Instant); 3],
+    console: ConsoleLog,
     disks: Vec<Worker>,
     /// Closing it would take the interrupt lines away from running vCPUs.
     _vm: VmFd,
@@ -48,7 +39,6 @@ impl Vm {
     /// Makes a VM with everything in place and its vCPUs parked: [`Vm::resume`] lets it run. The vsock
     /// and the source of entropy go onto `events`, which the caller runs; disks have threads of their own.
     pub fn boot(config: VmConfig, events: &mut EventLoop) -> Result<Self, Error> {
-        let begin = Instant::now();
         check(&config)?;
         let kvm = probe::probe()?;
         let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
@@ -60,7 +50,7 @@ impl Vm {
         }
         vm.set_tss_address(layout::KVM_TSS).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
-        let kvm_done = begin.elapsed();
+        let kvm_done = Instant::now();
 
         let loaded = kernel::load(&memory, &config.kernel)?;
         let disks = config.disks.len();
@@ -73,7 +63,7 @@ impl Vm {
             initramfs: &config.initramfs,
         };
         arch::place(&memory, &boot)?;
-        let load_done = begin.elapsed();
+        let load_done = Instant::now();
 
         let mut devices = Devices { vm: &vm, memory: &memory, transports: Vec::new() };
         let mut workers = Vec::with_capacity(disks);
@@ -92,19 +82,17 @@ impl Vm {
         if let Some(vsock) = &vsock {
             events.add_subscriber(Box::new(devices.add(vsock.clone())?));
         }
+        let serial = Console::new(line(&vm, layout::SERIAL_GSI)?, config.console);
+        let console = serial.log().clone();
         let bus = Arc::new(Bus {
-            console: Mutex::new(Console::new(line(&vm, layout::SERIAL_GSI)?)),
+            console: Mutex::new(serial),
             marks: config.marks.map(Mutex::new),
             virtio: devices.transports.into_iter().map(Mutex::new).collect(),
         });
         let exit = Arc::new(ExitSlot::new().map_err(Error::resource("the exit event"))?);
         let vcpus = start_vcpus(&kvm, &vm, config.vcpus, loaded.entry, &bus, &exit)?;
-        let phases = [
-            (Phase::Kvm, kvm_done),
-            (Phase::Load, load_done.saturating_sub(kvm_done)),
-            (Phase::Devices, begin.elapsed().saturating_sub(load_done)),
-        ];
-        Ok(Self { vcpus, exit, bus, vsock, phases, disks: workers, _vm: vm, _memory: memory })
+        let phases = [("kvm", kvm_done), ("load", load_done), ("devices", Instant::now())];
+        Ok(Self { vcpus, exit, bus, vsock, phases, console, disks: workers, _vm: vm, _memory: memory })
     }
 
     /// Lets every vCPU run.
@@ -167,11 +155,12 @@ impl Vm {
 
     /// The newest 64 KiB that the guest wrote to its console.
     pub fn console_tail(&self) -> Vec<u8> {
-        lock(&self.bus.console).tail()
+        self.console.tail()
     }
 
-    /// How long each step of [`Vm::boot`] took.
-    pub fn phases(&self) -> &[(Phase, Duration)] {
+    /// When each step of [`Vm::boot`] was done: `kvm` (probed, VM, memory slots and interrupt controllers made),
+    /// `load` (kernel, initramfs and boot tables in guest memory), `devices` (devices and vCPUs made).
+    pub fn phases(&self) -> &[(&'static str, Instant)] {
         &self.phases
     }
 

@@ -68,7 +68,18 @@ fn static_binary(package: &str, binary: &str, profile: &str, directory: &str) ->
     let target = workspace::target()?.join(directory);
     let mut cargo = workspace::cargo()?;
     cargo
-        .args(["build", "--quiet", "--package", package, "--bin", binary, "--profile", profile, "--target", TARGET])
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            package,
+            "--bin",
+            binary,
+            "--profile",
+            profile,
+            "--target",
+            TARGET,
+        ])
         .arg("--target-dir")
         .arg(&target)
         .env("RUSTFLAGS", "-C target-feature=+crt-static");
@@ -91,7 +102,9 @@ fn place(file: &File, prefix: &Path) -> Result<()> {
     let written = fs::write(&new, content)
         .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(file.mode)))
         .and_then(|()| fs::rename(&new, &to));
-    written.inspect_err(|_| drop(fs::remove_file(&new))).with_context(|| format!("cannot write {}", to.display()))
+    written
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+        .with_context(|| format!("cannot write {}", to.display()))
 }
 
 #[cfg(test)]

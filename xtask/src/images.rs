@@ -77,22 +77,25 @@ fn make(scratch: &Path) -> Result<PathBuf> {
     progress::note(format!("as an OCI image, {name}"));
     let image = format!("{}:latest", layout.display());
     process::run_quietly(command("umoci", ["init", "--layout"]).arg(&layout))?;
-    process::run_quietly(command("umoci", ["new", "--image", &image]))?;
+    process::run_quietly(&mut command("umoci", ["new", "--image", &image]))?;
     process::run_quietly(command("umoci", ["raw", "add-layer", "--image", &image]).arg(&tar))?;
     let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    process::run_quietly(&mut command("umoci", [
-        "config",
-        "--image",
-        &image,
-        "--architecture=amd64",
-        "--os=linux",
-        "--config.cmd=python3",
-        "--config.workingdir=/",
-        "--config.env",
-        path,
-        "--config.env",
-        "LANG=C.UTF-8",
-    ]))?;
+    process::run_quietly(&mut command(
+        "umoci",
+        [
+            "config",
+            "--image",
+            &image,
+            "--architecture=amd64",
+            "--os=linux",
+            "--config.cmd=python3",
+            "--config.workingdir=/",
+            "--config.env",
+            path,
+            "--config.env",
+            "LANG=C.UTF-8",
+        ],
+    ))?;
     process::run_quietly(command("umoci", ["gc", "--layout"]).arg(&layout))?;
 
     progress::note("into a registry's storage");

@@ -11,10 +11,11 @@ mod wire;
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+
+use crate::process;
 
 pub use client::Options;
 pub use keeper::keep;
@@ -46,11 +47,8 @@ pub fn run(options: &Options, command: &[OsString]) -> Result<u8> {
         return client::run(options, command);
     }
     let (program, arguments) = command.split_first().context("no command was given")?;
-    let status = crate::process::status(
-        Command::new(program).args(arguments).envs(options.environment.iter().map(|(k, v)| (k, v))),
-    )?;
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
-    Ok(u8::try_from(code).unwrap_or(255))
+    let status = process::status(Command::new(program).args(arguments))?;
+    Ok(process::code(status))
 }
 
 #[cfg(test)]

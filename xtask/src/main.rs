@@ -1,12 +1,19 @@
 //! What the project does to itself, one command each: see `cargo xtask --help`.
 #![forbid(unsafe_code)]
 
+mod assets;
 mod cache;
+mod demo;
+mod images;
 mod kernel;
 mod kvm;
 mod packages;
 mod process;
 mod progress;
+mod registry;
+mod runner;
+mod test;
+mod within;
 mod workspace;
 
 use std::ffi::OsString;
@@ -55,6 +62,51 @@ enum Task {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Build what a sandbox is made of into target/assets: guest kernel, guest agent, sandbox process
+    Assets,
+    /// Build the same and install it: PREFIX/bin and PREFIX/lib/cubby
+    Install {
+        #[arg(long, value_name = "DIR")]
+        prefix: PathBuf,
+    },
+    /// Create a sandbox from an image and run something in it, with the time of each step
+    Demo {
+        /// Any image reference; without it a Python image is made here and served by a registry
+        #[arg(long)]
+        image: Option<String>,
+        /// What to run in it
+        #[arg(last = true)]
+        command: Vec<OsString>,
+    },
+    /// Everything that CI checks: format, clippy, dependencies, unit tests, end-to-end tests on KVM
+    Test,
+    /// cargo bench, where KVM works
+    Bench {
+        /// On the instruction clock: times are instruction counts and repeat
+        #[arg(long)]
+        icount: bool,
+        /// For the benchmark program
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Run a binary of this workspace where KVM works, with all that it needs (cargo's runner)
+    #[command(hide = true)]
+    Runner {
+        #[arg(last = true, required = true)]
+        program: Vec<OsString>,
+    },
+    /// Run a program with all that sandboxes need around it
+    #[command(hide = true)]
+    Within {
+        #[arg(long)]
+        assets: PathBuf,
+        #[arg(long)]
+        image: Option<PathBuf>,
+        #[arg(long)]
+        registry: bool,
+        #[arg(last = true, required = true)]
+        program: Vec<OsString>,
+    },
     #[command(hide = true)]
     KvmServer,
     #[command(hide = true)]
@@ -84,8 +136,25 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Kvm { icount, rw, timeout, fresh, command } => {
             let mode = if icount { kvm::Mode::Icount } else { kvm::Mode::Normal };
             let timeout = timeout.map(Duration::from_secs);
-            let options = kvm::Options { mode, writable: rw, timeout, fresh, environment: vec![] };
+            let options = kvm::Options { mode, writable: rw, timeout, fresh };
             return Ok(ExitCode::from(kvm::run(&options, &command)?));
+        }
+        Task::Assets => println!("{}", assets::build()?.display()),
+        Task::Install { prefix } => assets::install(&prefix)?,
+        Task::Demo { image, command } => return Ok(ExitCode::from(demo::run(image, command)?)),
+        Task::Test => test::run()?,
+        Task::Bench { icount, arguments } => {
+            let mut cargo = workspace::cargo()?;
+            cargo.args(["bench", "--package", "cubby-benches", "--"]).args(arguments);
+            if icount {
+                cargo.env(runner::MODE, "icount");
+            }
+            return Ok(ExitCode::from(process::code(process::status(&mut cargo)?)));
+        }
+        Task::Runner { program } => return Ok(ExitCode::from(runner::run(&program)?)),
+        Task::Within { assets, image, registry, program } => {
+            let around = within::Around { assets: &assets, image: image.as_deref(), registry };
+            return Ok(ExitCode::from(around.run(&program)?));
         }
         Task::KvmServer => kvm::serve()?,
         Task::KvmKeeper { mode, once, kernel, dir } => {

@@ -34,6 +34,8 @@ pub const MACHINE: &[Need] = &[
     ("qemu-system-common", crate::kvm::VIRTIOFSD),
     ("seabios", "/usr/share/seabios/bios-256k.bin"),
     ("busybox-static", "/bin/busybox"),
+    ("util-linux", "setpriv"),
+    ("binutils", "objcopy"),
 ];
 
 /// Making an image and serving it.
@@ -47,6 +49,9 @@ pub const IMAGES: &[Need] = &[
 
 /// Linking programs, statically too.
 pub const LINKER: &[Need] = &[("gcc", "gcc"), ("libc6-dev", "/usr/include/stdio.h")];
+
+/// Fetching a prebuilt tool.
+pub const PIP: &[Need] = &[("python3-pip", "pip3"), ("python3", "python3")];
 
 /// What the tests hold our work against.
 pub const TESTS: &[Need] =

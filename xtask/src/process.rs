@@ -1,6 +1,7 @@
 //! Running other programs: every failure names the command and how it ended.
 
 use std::ffi::OsStr;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -67,4 +68,10 @@ pub fn as_root(program: &str) -> Command {
         sudo.arg(program);
         sudo
     }
+}
+
+/// An exit status as a shell gives it: 128 plus its number for a signal.
+pub fn code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
+    u8::try_from(code).unwrap_or(255)
 }

@@ -5,18 +5,20 @@
 //! The program finds in its environment: `CUBBY_HOME`, `CUBBY_ASSETS`, `CUBBY_RUNTIME`; `CUBBY_TEST_IMAGE` (an `oci:`
 //! reference); and with a registry `CUBBY_TEST_REGISTRY` (`localhost:PORT`) and `CUBBY_TEST_REFERENCE` (the image in it).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::assets;
 use crate::images::PythonImage;
 use crate::process::{self, command};
 use crate::registry::Registry;
-use crate::{assets, workspace};
+
+/// An argument that stands for the Python image in the registry, whose port is not known before.
+pub const PYTHON: &str = "{python}";
 
 /// What is to be around the program.
 pub struct Around<'a> {
@@ -49,28 +51,26 @@ impl Around<'_> {
         let (name, arguments) = program.split_first().context("no program was given")?;
         let memory = Memory::new()?;
         let mut command = Command::new(name);
-        command.args(arguments).env("CUBBY_HOME", memory.0.join("home"));
-        command.envs(assets::environment(self.assets));
+        command.env("CUBBY_HOME", memory.0.join("home")).envs(assets::environment(self.assets));
         let image = self.image.map(PythonImage::at);
-        let mut registry = None;
+        let (mut registry, mut reference) = (None, None);
         if let Some(image) = &image {
             command.env("CUBBY_TEST_IMAGE", image.layout());
             if self.registry {
                 let started = registry.insert(served(image, &memory)?);
                 command.env("CUBBY_TEST_REGISTRY", started.address());
-                command.env("CUBBY_TEST_REFERENCE", format!("{}/{}", started.address(), image.name()?));
+                let reference = reference.insert(format!("{}/{}", started.address(), image.name()?));
+                command.env("CUBBY_TEST_REFERENCE", reference);
             }
         }
+        command.args(arguments.iter().map(|argument| match &reference {
+            Some(reference) if argument == PYTHON => OsStr::new(reference),
+            _ => argument.as_os_str(),
+        }));
         let status = process::status(&mut command)?;
         drop(registry);
-        Ok(code(status))
+        Ok(process::code(status))
     }
-}
-
-/// The exit status as a shell gives it.
-pub fn code(status: ExitStatus) -> u8 {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
-    u8::try_from(code).unwrap_or(255)
 }
 
 /// A registry on a copy, so that a test may push to it.
@@ -97,10 +97,4 @@ impl Drop for Memory {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
-}
-
-/// Everything built and the image made, ready to be around a program.
-pub fn prepare() -> Result<(PathBuf, PythonImage)> {
-    workspace::root()?;
-    Ok((assets::build()?, PythonImage::ensure()?))
 }

@@ -33,5 +33,6 @@ pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap) ->
         userspace_addr: host as u64,
     };
     // SAFETY: the range is a live mapping of this process that `Vm` drops after the VM's descriptor.
-    unsafe { vm.set_user_memory_region(slot) }.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+    unsafe { vm.set_user_memory_region(slot) }
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }

@@ -25,8 +25,13 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// A machine for this command alone.
     pub fresh: bool,
-    /// Added to the environment.
-    pub environment: Vec<(OsString, OsString)>,
+}
+
+impl Options {
+    /// Nothing special.
+    pub fn new(mode: Mode) -> Self {
+        Self { mode, writable: vec![], timeout: None, fresh: false }
+    }
 }
 
 /// The exit status of a command that was given up.
@@ -54,13 +59,10 @@ fn request(options: &Options, command: &[OsString]) -> Result<Request> {
     }
     // What the machine has of its own: its memory disks, and the names of this computer's sessions.
     let own = ["TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "SSH_AUTH_SOCK"];
-    let mut environment: Vec<_> =
-        std::env::vars_os().filter(|(name, _)| !own.iter().any(|own| name == own)).collect();
-    environment.retain(|(name, _)| !options.environment.iter().any(|(added, _)| added == name));
-    environment.extend(options.environment.iter().cloned());
+    let environment = std::env::vars_os().filter(|(name, _)| !own.iter().any(|own| name == own));
     Ok(Request {
         arguments: command.iter().cloned().map(bytes).collect(),
-        environment: environment.into_iter().map(|(name, value)| (bytes(name), bytes(value))).collect(),
+        environment: environment.map(|(name, value)| (bytes(name), bytes(value))).collect(),
         directory: std::env::current_dir()?.into_os_string().into_vec(),
         shared: shared.iter().map(|dir| dir.as_os_str().as_bytes().to_vec()).collect(),
         user: rustix::process::getuid().as_raw(),

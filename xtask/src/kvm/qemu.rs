@@ -33,7 +33,7 @@ impl Machine {
             .arg(format!("--socket-path={}", socket.display()))
             .args(["-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always", "-o"])
             .arg(format!("timeout={REVALIDATE}"));
-        machine.spawn(files, dir, "files.log")?;
+        machine.spawn(&files, dir, "files.log")?;
         let deadline = Instant::now() + Duration::from_secs(10);
         while !socket.exists() {
             if Instant::now() > deadline {
@@ -42,12 +42,16 @@ impl Machine {
             machine.check(dir)?;
             sleep(Duration::from_millis(10));
         }
-        machine.spawn(command(mode, kernel, dir, port), dir, "qemu.log")?;
+        machine.spawn(&command(mode, kernel, dir, port), dir, "qemu.log")?;
         Ok(machine)
     }
 
-    fn spawn(&mut self, mut command: Command, dir: &Path, log: &str) -> Result<()> {
+    fn spawn(&mut self, program: &Command, dir: &Path, log: &str) -> Result<()> {
         let log = File::create(dir.join(log))?;
+        // Nothing of a machine outlives its keeper, however that ends. (The signal comes when the thread that started
+        // the process ends: the keeper's main thread.)
+        let mut command = process::command("setpriv", ["--pdeathsig", "KILL"]);
+        command.arg(program.get_program()).args(program.get_args());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.0.push(command.spawn().with_context(|| format!("cannot run {}", process::line(&command)))?);
         Ok(())

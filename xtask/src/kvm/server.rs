@@ -8,7 +8,7 @@ use std::io::{self, PipeReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -135,8 +135,7 @@ fn run(mut child: Child, client: &TcpStream) -> Result<Frame> {
     }
     let status = waiter.join().map_err(|_| anyhow::anyhow!("the waiting thread panicked"))??;
     pumped?;
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
-    Ok(Frame::Exit(u8::try_from(code).unwrap_or(255)))
+    Ok(Frame::Exit(process::code(status)))
 }
 
 /// Writes what comes to the command's standard input until its end.

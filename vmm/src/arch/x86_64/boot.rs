@@ -35,7 +35,9 @@ pub(crate) fn place(memory: &Memory, boot: &Boot) -> Result<(), Error> {
     if initramfs < boot.kernel_end || size > low_end {
         return Err(Error::DoesNotFit { what: "the initramfs", needed: size, mib });
     }
-    memory.write_slice(boot.initramfs, GuestAddress(initramfs)).map_err(fit("the initramfs", size))?;
+    memory
+        .write_slice(boot.initramfs, GuestAddress(initramfs))
+        .map_err(fit("the initramfs", size))?;
 
     let mut cmdline = boot.cmdline.as_bytes().to_vec();
     cmdline.push(0);
@@ -75,9 +77,9 @@ fn zero_page(memory: &Memory, initramfs: u64, initramfs_size: u64, cmdline_size:
         page.hdr.ramdisk_size = u32::try_from(initramfs_size).unwrap_or_default();
     }
     let low_end = memory.iter().next().map_or(0, |region| region.len());
-    let ranges = [(0, layout::BASE_MEMORY_END), (layout::HIGH_START, low_end)].into_iter().chain(
-        memory.iter().skip(1).map(|region| (region.start_addr().0, region.start_addr().0 + region.len())),
-    );
+    let ranges = [(0, layout::BASE_MEMORY_END), (layout::HIGH_START, low_end)]
+        .into_iter()
+        .chain(memory.iter().skip(1).map(|region| (region.start_addr().0, region.start_addr().0 + region.len())));
     for ((start, end), slot) in ranges.zip(page.e820_table.iter_mut()) {
         *slot = boot_e820_entry { addr: start, size: end.saturating_sub(start), r#type: E820_RAM };
         page.e820_entries += 1;
@@ -88,7 +90,8 @@ fn zero_page(memory: &Memory, initramfs: u64, initramfs_size: u64, cmdline_size:
 /// Null, then 64-bit code, data and task-state segments: `__BOOT_CS` is 0x10 and `__BOOT_DS` 0x18, as the
 /// boot protocol asks.
 fn gdt() -> [u8; 40] {
-    let entries: [u64; 5] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
+    let entries: [u64; 5] =
+        [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
     let mut bytes = [0; 40];
     for (slot, entry) in bytes.chunks_exact_mut(8).zip(entries) {
         slot.copy_from_slice(&entry.to_le_bytes());

@@ -1,0 +1,520 @@
+//! The sandbox's one authority: a loop that owns the VM, the relay, the agent's connection and the state, and
+//! takes everything that happens one after another, so that races have an order.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use cubby_protocol::message::{Mark, Refused, Reply, Request, SandboxStatus};
+use cubby_state::{Event, ExitReason, ExitReport, LaunchReport, LaunchSpec, Next, Status};
+use cubby_vmm::devices::Device;
+use cubby_vmm::devices::vsock::{How, Port, Vsock, VsockEvent};
+use cubby_vmm::{EventLoop, Exit, Vm};
+use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::client::Gate;
+use crate::control::{Control, Said};
+use crate::ending::{self, Evidence};
+use crate::launch::Launch;
+use crate::machine::{self, Marked};
+use crate::record::Record;
+use crate::relay::{Asked, Relay};
+
+/// Event data of the descriptors that are no client's.
+const EXIT: u32 = u32::MAX;
+const LAUNCH: u32 = u32::MAX - 1;
+
+/// How long an attached sandbox has to end once its application is gone.
+const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// What the guest's processes get of a stop's time-out between TERM and KILL; the rest is for sync.
+fn grace(timeout: Duration) -> u32 {
+    u32::try_from(timeout.as_millis() * 8 / 10).unwrap_or(u32::MAX)
+}
+
+/// All that a supervisor starts from.
+pub(crate) struct Parts {
+    pub(crate) spec: LaunchSpec,
+    pub(crate) launch: Launch,
+    pub(crate) record: Record,
+    pub(crate) relay: Relay,
+    pub(crate) vm: Vm,
+    pub(crate) events: EventLoop,
+    pub(crate) marked: Marked,
+    pub(crate) began: Instant,
+}
+
+pub(crate) struct Supervisor {
+    spec: LaunchSpec,
+    status: Status,
+    launch: Launch,
+    record: Record,
+    relay: Relay,
+    control: Control,
+    vm: Vm,
+    vsock: Arc<Mutex<Vsock>>,
+    marked: Marked,
+    began: Instant,
+    attached: bool,
+    /// Until when the agent must be ready.
+    boot_deadline: Option<Instant>,
+    ending: Option<Ending>,
+    announced: bool,
+    last_activity: Instant,
+    /// Until when the sandbox may live.
+    lifetime: Option<Instant>,
+}
+
+/// A sandbox on its way out.
+struct Ending {
+    reason: ExitReason,
+    /// Whether it still waits for sessions to finish.
+    draining: bool,
+    /// When waiting ends: a drain becomes a stop, a stop becomes a kill.
+    deadline: Option<Instant>,
+    /// Who wants to know when it is over.
+    waiters: Vec<Asked>,
+}
+
+/// The descriptors of the supervisor, as a subscriber that only notes what happened.
+struct Inbox {
+    sources: Vec<(i32, u32)>,
+    happened: Arc<Mutex<Vec<Events>>>,
+}
+
+impl MutEventSubscriber for Inbox {
+    fn init(&mut self, ops: &mut EventOps) {
+        for (descriptor, data) in &self.sources {
+            let _ = ops.add(Events::with_data_raw(*descriptor, *data, EventSet::IN));
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        self.happened.lock().unwrap_or_else(PoisonError::into_inner).push(events);
+    }
+}
+
+/// Carries the sandbox from its first instruction to its record in the store.
+pub(crate) fn run(parts: Parts) -> Result<(), String> {
+    use std::os::fd::AsRawFd;
+    let Parts { spec, launch, record, relay, vm, mut events, marked, began } = parts;
+    let config = machine::guest_config(&spec).map_err(|error| error.to_string())?;
+    let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
+    let happened = Arc::new(Mutex::new(Vec::new()));
+    let inbox = events.add_subscriber(Box::new(Inbox {
+        sources: vec![
+            (relay.listener().as_raw_fd(), Relay::LISTENER),
+            (vm.exit_event().as_raw_fd(), EXIT),
+            (launch.socket().as_raw_fd(), LAUNCH),
+        ],
+        happened: happened.clone(),
+    }));
+    let now = Instant::now();
+    let seconds = Duration::from_secs;
+    let mut supervisor = Supervisor {
+        status: Status::Creating,
+        attached: spec.attached,
+        boot_deadline: Some(now + Duration::from_millis(spec.boot_timeout_ms)),
+        lifetime: spec.config.max_duration_s.map(|limit| now + seconds(limit)),
+        control: Control::new(config),
+        ending: None,
+        announced: false,
+        last_activity: now,
+        spec,
+        launch,
+        record,
+        relay,
+        vm,
+        vsock,
+        marked,
+        began,
+    };
+    supervisor.vsock().listen(Port(cubby_protocol::CONTROL_PORT));
+    supervisor.vm.resume();
+    let mut again = false;
+    while supervisor.vm.exit().is_none() {
+        let timeout = if again { Some(Duration::ZERO) } else { supervisor.until_deadline() };
+        // Rounded up, or the loop would spin through the last millisecond.
+        let timeout = timeout.map_or(-1, |time| i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+        events.run_with_timeout(timeout).map_err(|error| format!("the event loop failed: {error:?}"))?;
+        let happened = std::mem::take(&mut *happened.lock().unwrap_or_else(PoisonError::into_inner));
+        again = supervisor.turn(happened, &mut events, inbox)?;
+    }
+    supervisor.finish(&mut events, inbox)
+}
+
+impl Supervisor {
+    fn vsock(&self) -> MutexGuard<'_, Vsock> {
+        self.vsock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything that has happened, once. Whether there is more to do at once.
+    fn turn(&mut self, happened: Vec<Events>, events: &mut EventLoop, inbox: SubscriberId) -> Result<bool, String> {
+        let mut ops = events.event_ops(inbox).map_err(|error| format!("{error:?}"))?;
+        let vsock = self.vsock.clone();
+        let mut vsock = vsock.lock().unwrap_or_else(PoisonError::into_inner);
+        for event in happened {
+            match event.data() {
+                EXIT => {}
+                LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
+                _ => {
+                    self.last_activity = Instant::now();
+                    self.relay.on_socket(event, &mut ops, &mut vsock);
+                }
+            }
+        }
+        let mut again = false;
+        while let Some(event) = vsock.poll_event() {
+            match event {
+                VsockEvent::Again => {
+                    again = true;
+                    break;
+                }
+                VsockEvent::Accepted { id, .. } => self.control.accept(id, &mut vsock),
+                VsockEvent::Readable(id) if self.control.is(id) => self.on_control(&mut vsock),
+                VsockEvent::Writable(id) if self.control.is(id) => self.control.flush(&mut vsock),
+                VsockEvent::Closed(id, _) if self.control.is(id) => self.on_agent_lost(),
+                VsockEvent::PeerShutdown(id, How::Read) if self.control.is(id) => {}
+                VsockEvent::PeerShutdown(id, _) if self.control.is(id) => self.on_agent_lost(),
+                VsockEvent::Connected(id)
+                | VsockEvent::Readable(id)
+                | VsockEvent::Writable(id)
+                | VsockEvent::PeerShutdown(id, _) => self.relay.on_stream(id),
+                VsockEvent::Closed(id, _) => self.relay.on_stream_closed(id, &mut ops),
+            }
+        }
+        let mut asked = Vec::new();
+        again |= self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        for asked in asked {
+            again = true;
+            self.on_request(asked, &mut vsock);
+        }
+        self.on_time(&mut vsock);
+        Ok(again)
+    }
+
+    fn gate(&self) -> Gate {
+        match self.status {
+            Status::Running => Gate::Open,
+            Status::Draining => Gate::Closed(Refused::Draining),
+            status => Gate::Closed(Refused::InvalidState {
+                state: status.to_string(),
+                operation: Event::Open.to_string(),
+            }),
+        }
+    }
+
+    /// Changes the state, in memory and in the store, if the table allows it.
+    fn apply(&mut self, event: Event) -> Result<(), Reply> {
+        match self.status.after(event) {
+            Ok(Next::Status(next)) => {
+                if next != self.status {
+                    self.record.transition(self.status, event).map_err(Reply::Failed)?;
+                }
+                self.status = next;
+                Ok(())
+            }
+            Ok(Next::Gone) | Err(_) => Err(Reply::Refused(Refused::InvalidState {
+                state: self.status.to_string(),
+                operation: event.to_string(),
+            })),
+        }
+    }
+
+    fn on_request(&mut self, asked: Asked, vsock: &mut Vsock) {
+        let answer = match asked.call.request {
+            Request::Status => Ok(Some(Reply::Status(SandboxStatus {
+                state: self.status.to_string(),
+                sessions: u32::try_from(self.relay.sessions()).unwrap_or(u32::MAX),
+                clients: self.relay.clients(),
+            }))),
+            Request::Touch => Ok(Some(Reply::Done)),
+            Request::Detach => self.apply(Event::Detach).map(|()| {
+                self.attached = false;
+                Some(Reply::Done)
+            }),
+            Request::Pause => self.apply(Event::Pause).map(|()| {
+                self.vm.pause();
+                Some(Reply::Done)
+            }),
+            Request::Resume => self.apply(Event::Resume).map(|()| {
+                self.unfreeze(vsock);
+                Some(Reply::Done)
+            }),
+            Request::Drain { deadline_ms } => {
+                let deadline = deadline_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+                self.drain(Event::Drain, ExitReason::Drained, deadline, vsock).map(|()| None)
+            }
+            Request::Stop { timeout_ms } => {
+                let timeout = Duration::from_millis(timeout_ms);
+                self.stop(Event::Stop, ExitReason::Requested, timeout, vsock).map(|()| None)
+            }
+            Request::Kill => match self.status.after(Event::Kill) {
+                Ok(_) => {
+                    self.kill();
+                    Ok(None)
+                }
+                Err(_) => Ok(Some(Reply::Done)),
+            },
+        };
+        match answer.unwrap_or_else(Some) {
+            Some(reply) => self.relay.reply(&asked, &reply),
+            // The answer is the end.
+            None => self.ending.get_or_insert_with(|| Ending::new(ExitReason::Killed)).waiters.push(asked),
+        }
+    }
+
+    fn unfreeze(&mut self, vsock: &mut Vsock) {
+        self.vm.resume();
+        self.control.set_clock(machine::realtime_ns(), vsock);
+        self.last_activity = Instant::now();
+    }
+
+    fn drain(
+        &mut self,
+        event: Event,
+        reason: ExitReason,
+        deadline: Option<Instant>,
+        vsock: &mut Vsock,
+    ) -> Result<(), Reply> {
+        let was_paused = self.status == Status::Paused;
+        self.apply(event)?;
+        if was_paused {
+            self.unfreeze(vsock);
+        }
+        match &mut self.ending {
+            // A second drain can only hurry the first.
+            Some(ending) => ending.deadline = earlier(ending.deadline, deadline),
+            None => {
+                self.ending = Some(Ending { draining: true, deadline, ..Ending::new(reason) });
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(
+        &mut self,
+        event: Event,
+        reason: ExitReason,
+        timeout: Duration,
+        vsock: &mut Vsock,
+    ) -> Result<(), Reply> {
+        let was = self.status;
+        self.apply(event)?;
+        if was == Status::Paused {
+            self.unfreeze(vsock);
+        }
+        let ending = self.ending.get_or_insert_with(|| Ending::new(reason));
+        ending.draining = false;
+        ending.deadline = earlier(ending.deadline, Some(Instant::now() + timeout));
+        if was == Status::Creating {
+            // There is no agent to ask and nothing to save.
+            self.vm.kill();
+        } else {
+            self.control.shut_down(grace(timeout), vsock);
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) {
+        self.ending.get_or_insert_with(|| Ending::new(ExitReason::Killed)).reason = ExitReason::Killed;
+        self.vm.kill();
+    }
+
+    fn on_control(&mut self, vsock: &mut Vsock) {
+        loop {
+            match self.control.next(vsock) {
+                Ok(None) => return,
+                Ok(Some(Said::Ready(_))) => self.on_ready(vsock),
+                Ok(Some(Said::PoweringOff)) => self.announced = true,
+                Ok(Some(Said::SetupFailed(failed))) => {
+                    self.boot_failed(failed.stage.name(), &failed.message);
+                    return;
+                }
+                Err(error) => {
+                    self.boot_failed("control-connection", &error.to_string());
+                    return;
+                }
+            }
+        }
+    }
+
+    fn on_ready(&mut self, vsock: &mut Vsock) {
+        if self.boot_deadline.take().is_none() || self.apply(Event::Ready).is_err() {
+            return;
+        }
+        self.last_activity = Instant::now();
+        self.relay.set_agent_ready(vsock);
+        self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
+    }
+
+    /// The steps of the boot, each with its end in nanoseconds after the process began.
+    fn boot_phases(&self) -> Vec<(String, u64)> {
+        let since = |instant: Instant| {
+            u64::try_from(instant.saturating_duration_since(self.began).as_nanos()).unwrap_or(u64::MAX)
+        };
+        let mut phases = self.vm.phases().iter().map(|(name, at)| ((*name).into(), since(*at))).collect::<Vec<_>>();
+        phases.extend(self.marked.all().into_iter().map(|(mark, at)| (mark.name().into(), since(at))));
+        phases.push(("ready".into(), since(Instant::now())));
+        phases
+    }
+
+    fn boot_failed(&mut self, stage: &str, message: &str) {
+        self.launch.fail(
+            ExitReason::BootFailed { stage: stage.into() },
+            message.into(),
+            None,
+            Some(self.console()),
+        );
+        self.ending = Some(Ending {
+            waiters: self.ending.take().map(|ending| ending.waiters).unwrap_or_default(),
+            ..Ending::new(ExitReason::BootFailed { stage: stage.into() })
+        });
+        self.vm.kill();
+    }
+
+    /// The agent's connection is gone: unless its power-off follows, the sandbox is of no more use.
+    fn on_agent_lost(&mut self) {
+        if !self.announced {
+            // The VM gets the time to say what happened: a panic resets it at once.
+            let soon = Instant::now() + Duration::from_millis(200);
+            let ending = self.ending.get_or_insert_with(|| Ending::new(ExitReason::AgentDied));
+            ending.draining = false;
+            ending.deadline = earlier(ending.deadline, Some(soon));
+        }
+    }
+
+    fn on_launch_closed(&mut self, ops: &mut EventOps, vsock: &mut Vsock) {
+        if !self.launch.is_closed() {
+            return;
+        }
+        let _ = ops.remove(Events::empty(self.launch.socket()));
+        if self.attached {
+            // Refused only if the sandbox is ending already.
+            let _ = self.stop(Event::Stop, ExitReason::Requested, ORPHAN_TIMEOUT, vsock);
+        }
+    }
+
+    /// The next moment at which time alone makes something happen.
+    fn until_deadline(&self) -> Option<Duration> {
+        let idle = self.idle_deadline();
+        let ending = self.ending.as_ref().and_then(|ending| ending.deadline);
+        [self.boot_deadline, self.lifetime, idle, ending]
+            .into_iter()
+            .flatten()
+            .min()
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    fn idle_deadline(&self) -> Option<Instant> {
+        let limit = self.spec.config.idle_timeout_s?;
+        (self.status == Status::Running && self.relay.sessions() == 0)
+            .then(|| self.last_activity + Duration::from_secs(limit))
+    }
+
+    fn on_time(&mut self, vsock: &mut Vsock) {
+        let now = Instant::now();
+        let due = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= now);
+        if self.relay.sessions() > 0 {
+            self.last_activity = now;
+        }
+        if due(self.boot_deadline) {
+            self.boot_deadline = None;
+            let stage = self.boot_stage();
+            let message = format!("the agent was not ready after {} ms", self.spec.boot_timeout_ms);
+            return self.boot_failed(stage, &message);
+        }
+        if due(self.idle_deadline()) {
+            let _ = self.drain(Event::IdleExpired, ExitReason::IdleTimeout, None, vsock);
+        }
+        if due(self.lifetime) {
+            self.lifetime = None;
+            let _ = self.stop(Event::LifetimeExpired, ExitReason::MaxDuration, STOP_TIMEOUT, vsock);
+        }
+        let Some(ending) = &self.ending else { return };
+        let (expired, finished) = (due(ending.deadline), ending.draining && self.relay.sessions() == 0);
+        match ending.draining {
+            true if expired || finished => {
+                if let Some(ending) = &mut self.ending {
+                    ending.draining = false;
+                    ending.deadline = Some(now + STOP_TIMEOUT);
+                }
+                self.control.shut_down(grace(STOP_TIMEOUT), vsock);
+            }
+            false if expired => self.vm.kill(),
+            _ => {}
+        }
+    }
+
+    /// What the guest was doing when it came no further: the step after its last mark.
+    fn boot_stage(&self) -> &'static str {
+        match self.marked.all().last() {
+            None => Mark::AgentStarted.name(),
+            Some((Mark::AgentStarted, _)) => Mark::Configured.name(),
+            Some((Mark::Configured, _)) => Mark::RootMounted.name(),
+            Some(_) => Mark::Ready.name(),
+        }
+    }
+
+    fn console(&self) -> String {
+        String::from_utf8_lossy(&self.vm.console_tail()).into_owned()
+    }
+
+    /// Records the end, tells everybody who waits for it, and lets their answers out.
+    fn finish(mut self, events: &mut EventLoop, inbox: SubscriberId) -> Result<(), String> {
+        let exit = self.vm.exit().unwrap_or(Exit::Killed);
+        self.vm.kill();
+        let console = self.console();
+        // What the agent said last may have come with the exit.
+        {
+            let vsock = self.vsock.clone();
+            let mut vsock = vsock.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = vsock.kick(TRANSMIT_QUEUE);
+            while let Ok(Some(said)) = self.control.next(&mut vsock) {
+                self.announced |= matches!(said, Said::PoweringOff);
+            }
+        }
+        let reason = ending::reason(&Evidence {
+            exit: &exit,
+            announced: self.announced,
+            cause: self.ending.as_ref().map(|ending| &ending.reason),
+            boot_stage: (self.status == Status::Creating).then(|| self.boot_stage()),
+            console: &console,
+        });
+        if self.boot_deadline.is_some() {
+            let message = format!("the VM ended before the agent was ready: {exit:?}");
+            self.launch.fail(reason.clone(), message, None, Some(console.clone()));
+        }
+        let mut report = ExitReport::now(reason);
+        if report.reason.status() == Status::Crashed {
+            report = report.with_console(&console);
+        }
+        self.record.finish(&report)?;
+        if let Ok(mut ops) = events.event_ops(inbox) {
+            for asked in self.ending.take().map(|ending| ending.waiters).unwrap_or_default() {
+                self.relay.reply(&asked, &Reply::Done);
+            }
+            let vsock = self.vsock.clone();
+            let mut vsock = vsock.lock().unwrap_or_else(PoisonError::into_inner);
+            let gate = Gate::Closed(Refused::Draining);
+            self.relay.turn(&mut vsock, &gate, &mut ops, &mut Vec::new());
+        }
+        Ok(())
+    }
+}
+
+/// The vsock's queue from the guest (virtio 1.2 §5.10.2).
+const TRANSMIT_QUEUE: usize = 1;
+
+/// How long a drained or over-aged sandbox's processes and disks have to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Ending {
+    fn new(reason: ExitReason) -> Self {
+        Self { reason, draining: false, deadline: None, waiters: Vec::new() }
+    }
+}
+
+fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    [one, other].into_iter().flatten().min()
+}
