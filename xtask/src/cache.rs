@@ -5,12 +5,14 @@
 //! the second finds it made. What an interrupted builder leaves is found by the next one, which may go on from it.
 
 use std::fmt::Write as _;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
+
+use crate::progress;
 
 /// The cache's directory.
 pub fn root() -> Result<PathBuf> {
@@ -88,6 +90,11 @@ pub fn lock(name: &str) -> Result<File> {
     let dir = root()?.join("locks");
     fs::create_dir_all(&dir)?;
     let file = File::options().create(true).truncate(false).write(true).open(dir.join(name))?;
+    match file.try_lock() {
+        Ok(()) => return Ok(file),
+        Err(TryLockError::WouldBlock) => progress::note(format!("waiting for another xtask ({name})")),
+        Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("cannot lock {name}")),
+    }
     file.lock().with_context(|| format!("cannot lock {name}"))?;
     Ok(file)
 }

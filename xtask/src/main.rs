@@ -62,6 +62,8 @@ enum Task {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Make the Python image of demo and tests and print where it is
+    Image,
     /// Build what a sandbox is made of into target/assets: guest kernel, guest agent, sandbox process
     Assets,
     /// Build the same and install it: PREFIX/bin and PREFIX/lib/cubby
@@ -139,6 +141,7 @@ fn run(task: Task) -> Result<ExitCode> {
             let options = kvm::Options { mode, writable: rw, timeout, fresh };
             return Ok(ExitCode::from(kvm::run(&options, &command)?));
         }
+        Task::Image => println!("{}", images::PythonImage::ensure()?.dir().display()),
         Task::Assets => println!("{}", assets::build()?.display()),
         Task::Install { prefix } => assets::install(&prefix)?,
         Task::Demo { image, command } => return Ok(ExitCode::from(demo::run(image, command)?)),

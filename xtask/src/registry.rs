@@ -15,6 +15,7 @@ pub struct Registry {
     process: Child,
     port: u16,
     config: PathBuf,
+    log: PathBuf,
 }
 
 impl Registry {
@@ -42,21 +43,24 @@ impl Registry {
             "http": { "addr": format!("127.0.0.1:{port}") },
         });
         fs::write(&config, content.to_string())?;
+        let log = config.with_extension("log");
         let process = Command::new("docker-registry")
             .arg("serve")
             .arg(&config)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            // It logs every blob that a client asked for and that it does not have yet as an error.
+            .stderr(fs::File::create(&log)?)
             .spawn()
             .context("cannot run docker-registry")?;
-        let mut registry = Self { process, port, config };
+        let mut registry = Self { process, port, config, log };
         let deadline = Instant::now() + Duration::from_secs(60);
         while !registry.answers() {
             if let Some(status) = registry.process.try_wait()? {
-                bail!("docker-registry ended with {status}");
+                bail!("docker-registry ended with {status}\n{}", fs::read_to_string(&registry.log)?);
             }
             if Instant::now() > deadline {
-                bail!("docker-registry does not answer");
+                bail!("docker-registry does not answer\n{}", fs::read_to_string(&registry.log)?);
             }
             sleep(Duration::from_millis(20));
         }
@@ -85,6 +89,8 @@ impl Drop for Registry {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let _ = fs::remove_file(&self.config);
+        for file in [&self.config, &self.log] {
+            let _ = fs::remove_file(file);
+        }
     }
 }

@@ -95,10 +95,9 @@ mod tests {
         fs::write(&program, "odd").unwrap();
         if crate::packages::is_there("/bin/busybox") {
             fs::write(dir.join("archive"), archive(&program, b"secret").unwrap()).unwrap();
-            let unpack = format!(
-                "mkdir out && cd out && busybox cpio -i < ../archive && cat xtask token && test -x init"
-            );
-            let read = output(command("sh", ["-c", &unpack]).current_dir(&dir)).unwrap();
+            let unpack =
+                "mkdir out && cd out && busybox cpio -i < ../archive && cat xtask token && test -x init";
+            let read = output(command("sh", ["-c", unpack]).current_dir(&dir)).unwrap();
             assert_eq!(read, "oddsecret");
         }
         fs::remove_dir_all(dir).unwrap();
