@@ -87,9 +87,24 @@ impl Memory {
     fn new() -> Result<Self> {
         let base = Path::new("/dev/shm");
         let base = if base.is_dir() { base.to_owned() } else { std::env::temp_dir() };
-        let dir = base.join(format!("cubby-{}", std::process::id()));
+        remove_abandoned(&base);
+        let dir = base.join(format!("{PREFIX}{}", std::process::id()));
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         Ok(Self(dir))
+    }
+}
+
+const PREFIX: &str = "cubby-within-";
+
+/// What an interrupted run could not remove would stay in memory until the next boot.
+fn remove_abandoned(base: &Path) {
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner =
+            name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|pid| pid.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 
