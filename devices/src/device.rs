@@ -49,8 +49,8 @@ pub enum Progress {
 /// The order of calls is a contract. [`Device::acknowledge`] comes once per activation, before any queue;
 /// then one [`Device::start_queue`] for each queue the driver enabled; then any number of kicks; then one
 /// [`Device::stop_queue`] for each queue. `stop_queue` returns exactly what continues in the next
-/// `start_queue`, so that pause, save, restore and reset are one mechanism. [`Device::reset`] follows the
-/// last `stop_queue` when the driver abandons its state.
+/// `start_queue`, so that pause, save, restore and reset are one mechanism. [`Device::driver_gone`] follows the
+/// last `stop_queue` when the driver resets the device.
 pub trait Device: Send {
     /// The device's type.
     fn kind(&self) -> DeviceKind;
@@ -83,7 +83,7 @@ pub trait Device: Send {
     fn kick(&mut self, index: usize) -> Progress;
 
     /// Forgets whatever the device kept for this driver. Called on a reset, after the queues were stopped.
-    fn reset(&mut self) {}
+    fn driver_gone(&mut self) {}
 }
 
 /// Copies what `offset..offset + data.len()` covers of a configuration space; the rest reads as zero.

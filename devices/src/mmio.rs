@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Device, Interrupt, LayoutError, Memory, Queue, QueueState, Signals};
+use crate::{Device, Interrupt, Memory, Queue, QueueState, Signals};
 
 /// Bytes of address space that a transport answers to.
 pub const WINDOW: u64 = 0x1000;
@@ -23,6 +23,10 @@ pub const VERSION_1: u64 = 1 << 32;
 pub const RING_EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_F_RING_INDIRECT_DESC.
 pub const RING_INDIRECT_DESC: u64 = 1 << 28;
+
+mod state;
+
+pub use state::{RestoreError, TransportState};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -93,51 +97,6 @@ struct QueueRegisters {
     descriptors: u64,
     available: u64,
     used: u64,
-}
-
-/// Everything that continues a transport and its device's queues.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TransportState {
-    status: u32,
-    device_features_select: u32,
-    driver_features_select: u32,
-    driver_features: u64,
-    queue_select: u32,
-    queues: Vec<QueueRegisters>,
-    running: Vec<Option<QueueState>>,
-    interrupt_status: u32,
-    config_generation: u32,
-    needs_reset: bool,
-}
-
-/// Why a saved transport does not fit this device.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RestoreError {
-    /// The device was started before.
-    #[error("the device is already running")]
-    Running,
-    /// Another number of queues.
-    #[error("the saved device has {saved} queues, this one has {ours}")]
-    Queues {
-        /// In the saved state.
-        saved: usize,
-        /// Of this device.
-        ours: usize,
-    },
-    /// The driver uses features that this device does not offer.
-    #[error("the driver uses features {features:#x} that the device does not offer")]
-    Features {
-        /// The features that are missing.
-        features: u64,
-    },
-    /// A queue cannot be started.
-    #[error("queue {index} cannot be started")]
-    Queue {
-        /// Its index.
-        index: usize,
-        /// Why.
-        source: LayoutError,
-    },
 }
 
 /// One device behind its registers.
@@ -241,7 +200,7 @@ impl Transport {
             register::DEVICE_FEATURES => half(self.features, self.device_features_select),
             register::QUEUE_NUM_MAX => index.and_then(|i| self.sizes.get(i)).copied().unwrap_or(0).into(),
             register::QUEUE_READY => index.and_then(|i| self.queues.get(i)).is_some_and(|q| q.ready).into(),
-            register::INTERRUPT_STATUS => self.signals.status(),
+            register::INTERRUPT_STATUS => self.signals.interrupt_status(),
             register::STATUS if self.signals.needs_reset() => self.status | status::NEEDS_RESET,
             register::STATUS => self.status,
             // No shared memory region exists: its length and base read as all ones (§4.2.2).
@@ -428,7 +387,7 @@ impl Transport {
     /// too.
     pub fn reset(&mut self) {
         self.stop_queues();
-        lock(&self.device).reset();
+        lock(&self.device).driver_gone();
         self.signals.reset();
         self.status = 0;
         self.device_features_select = 0;
@@ -436,61 +395,6 @@ impl Transport {
         self.driver_features = 0;
         self.queue_select = 0;
         self.queues = self.sizes.iter().map(|size| fresh(*size)).collect();
-    }
-
-    /// Stops the device's queues and returns all that [`Transport::start`] needs to continue, here or in
-    /// another process with a copy of the guest's memory. The owner's workers no longer kick, or are about to
-    /// be told to continue by the same means.
-    pub fn stop(&mut self) -> TransportState {
-        let running = self.stop_queues();
-        TransportState {
-            status: self.status,
-            device_features_select: self.device_features_select,
-            driver_features_select: self.driver_features_select,
-            driver_features: self.driver_features,
-            queue_select: self.queue_select,
-            queues: self.queues.clone(),
-            running,
-            interrupt_status: self.signals.status(),
-            config_generation: self.signals.generation(),
-            needs_reset: self.signals.needs_reset(),
-        }
-    }
-
-    /// Continues from `state`. Afterwards the owner kicks every one of [`Transport::started_queues`] and calls
-    /// [`Transport::raise_pending`]: neither a notification nor an interrupt in flight is part of the state.
-    ///
-    /// # Errors
-    /// [`RestoreError`] if the state does not fit this device and this memory; then nothing has changed.
-    pub fn start(&mut self, state: &TransportState) -> Result<(), RestoreError> {
-        if self.started_queues().next().is_some() {
-            return Err(RestoreError::Running);
-        }
-        if state.queues.len() != self.sizes.len() || state.running.len() != self.sizes.len() {
-            return Err(RestoreError::Queues { saved: state.queues.len(), ours: self.sizes.len() });
-        }
-        // Before FEATURES_OK a driver may have written anything; it is checked when it sets that bit.
-        let missing = state.driver_features & !self.features;
-        if state.status & status::FEATURES_OK != 0 {
-            if missing != 0 {
-                return Err(RestoreError::Features { features: missing });
-            }
-            for (index, (queue, max)) in state.running.iter().zip(&self.sizes).enumerate() {
-                let Some(queue) = queue else { continue };
-                Queue::new(self.memory.clone(), self.signals.clone(), *max, queue)
-                    .map_err(|source| RestoreError::Queue { index, source })?;
-            }
-            lock(&self.device).acknowledge(state.driver_features);
-            self.start_queues(&state.running)?;
-        }
-        self.status = state.status;
-        self.device_features_select = state.device_features_select;
-        self.driver_features_select = state.driver_features_select;
-        self.driver_features = state.driver_features;
-        self.queue_select = state.queue_select;
-        self.queues.clone_from(&state.queues);
-        self.signals.restore(state.interrupt_status, state.config_generation, state.needs_reset);
-        Ok(())
     }
 
     /// Raises the interrupt line if the driver has an interrupt it has not acknowledged.
@@ -556,3 +460,6 @@ fn set_low(value: &mut u64, low: u32) {
 fn set_high(value: &mut u64, high: u32) {
     *value = (*value & u64::from(u32::MAX)) | (u64::from(high) << 32);
 }
+
+#[cfg(test)]
+mod tests;

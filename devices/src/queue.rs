@@ -280,3 +280,6 @@ impl Drop for Batch<'_> {
         self.flush();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,11 +71,14 @@ impl Signals {
         self.failures.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn status(&self) -> u32 {
+    /// The INTERRUPT_STATUS register (§4.2.2). With [`Signals::acknowledge`], an owner may answer the two accesses
+    /// of every interrupt before it takes any lock.
+    pub fn interrupt_status(&self) -> u32 {
         self.status.load(Ordering::Acquire)
     }
 
-    pub(crate) fn acknowledge(&self, bits: u32) {
+    /// The INTERRUPT_ACK register: clears bits of the status.
+    pub fn acknowledge(&self, bits: u32) {
         self.status.fetch_and(!bits, Ordering::AcqRel);
     }
 
@@ -95,7 +98,7 @@ impl Signals {
     }
 
     pub(crate) fn raise_pending(&self) {
-        if self.status() != 0 {
+        if self.interrupt_status() != 0 {
             self.line.raise();
         }
     }

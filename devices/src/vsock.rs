@@ -37,8 +37,9 @@ pub const SEND_BUFFER: usize = 256 << 10;
 pub const MAX_STREAMS: usize = 1024;
 /// Resets waiting for a receive buffer of the guest.
 pub const MAX_RESETS: usize = 1024;
-/// Descriptors of the receive and transmit queues.
-pub const QUEUE_SIZE: u16 = 256;
+/// Descriptors of the receive and transmit queues: with the pages that Linux offers, enough receive buffers for
+/// all the credit it grants a stream, and no more, for it fills the queue while it boots.
+pub const QUEUE_SIZE: u16 = 128;
 /// The host's context identifier.
 pub const HOST_CID: u64 = 2;
 
@@ -328,7 +329,7 @@ impl Device for Vsock {
     }
 
     /// The driver is gone, and every stream it knew with it. A connect that it has not seen waits for the next.
-    fn reset(&mut self) {
+    fn driver_gone(&mut self) {
         self.transport_reset = false;
         self.mux.end_all();
     }

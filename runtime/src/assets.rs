@@ -24,16 +24,15 @@ impl std::fmt::Display for Missing {
     }
 }
 
-/// Looks in the launch's own directory, `CUBBY_ASSETS`, `../lib/cubby` beside this binary, and the home's
-/// library, in this order.
-pub(crate) fn find(own: Option<&Path>, home_lib: &Path) -> Result<Assets, Missing> {
+/// Looks in `CUBBY_ASSETS`, `../lib/cubby` beside this binary, and the home's library, in this order.
+pub(crate) fn find(home_lib: &Path) -> Result<Assets, Missing> {
     let beside = std::env::current_exe().ok().and_then(|exe| {
         let prefix = exe.parent()?.parent()?;
         Some(prefix.join("lib/cubby"))
     });
     let from_environment = std::env::var_os("CUBBY_ASSETS").map(PathBuf::from);
     let places: Vec<PathBuf> =
-        own.map(Path::to_owned).into_iter().chain(from_environment).chain(beside).chain([home_lib.to_owned()]).collect();
+        from_environment.into_iter().chain(beside).chain([home_lib.to_owned()]).collect();
     for place in &places {
         // `lib/cubby` of an installation, or the installation itself.
         for directory in [place.clone(), place.join("lib/cubby")] {

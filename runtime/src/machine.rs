@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use cubby_protocol::MARK_IO_PORT;
 use cubby_protocol::message::{GuestConfig, Mark, RootDisks};
-use cubby_state::LaunchSpec;
+use cubby_state::{LaunchSpec, SandboxConfig};
 use cubby_vmm::{Disk, DiskCache, Flow, Marks, VmConfig, initramfs};
 
 use crate::assets::Assets;
@@ -45,10 +45,7 @@ impl Marked {
 pub(crate) fn config(spec: &LaunchSpec, assets: &Assets, marked: Marked) -> Result<VmConfig, String> {
     let read_agent =
         std::fs::read(&assets.agent).map_err(|error| format!("{}: {error}", assets.agent.display()))?;
-    let mut disks = vec![disk(&spec.image_disk, true)?];
-    if let Some(path) = &spec.writable_disk {
-        disks.push(disk(path, false)?);
-    }
+    let disks = vec![disk(&spec.image_disk, true)?, disk(&spec.writable_disk, false)?];
     let on_mark = Box::new(move |byte| {
         let Ok(mark) = Mark::try_from(byte) else { return Flow::Continue };
         marked.add(mark);
@@ -81,19 +78,29 @@ pub(crate) fn guest_config(spec: &LaunchSpec) -> io::Result<GuestConfig> {
     let mut entropy = [0; 32];
     fill_random(&mut entropy)?;
     let config = &spec.config;
+    let image = &config.image.defaults;
     Ok(GuestConfig {
         hostname: config.hostname.clone().unwrap_or_else(|| hostname(spec.name.as_str())),
         realtime_ns: realtime_ns(),
         entropy,
-        env: config.effective_env(),
-        workdir: config.effective_workdir(),
-        user: config.effective_user(),
+        env: environment(config),
+        workdir: config.workdir.clone().or_else(|| image.workdir.clone()).unwrap_or_default(),
+        user: config.user.clone().or_else(|| image.user.clone()).unwrap_or_default(),
         nameservers: Vec::new(),
         root: RootDisks {
             image: "/dev/vda".into(),
-            disk: spec.writable_disk.as_ref().map(|_| "/dev/vdb".into()),
+            disk: Some("/dev/vdb".into()),
         },
     })
+}
+
+/// The image's environment, and the sandbox's over it.
+fn environment(config: &SandboxConfig) -> Vec<(String, String)> {
+    let image = config.image.defaults.env.iter().filter_map(|pair| {
+        let (name, value) = pair.split_once('=')?;
+        (!config.env.contains_key(name)).then(|| (name.to_owned(), value.to_owned()))
+    });
+    image.chain(config.env.clone()).collect()
 }
 
 /// The host's wall clock in nanoseconds since the Unix epoch.

@@ -1,2 +1,116 @@
-//! The sandbox process.
-fn main() {}
+//! `cubby-sandbox`: the process behind one sandbox. An application starts it with a socket as its standard
+//! input (see [`launch`]); it boots one microVM, relays between clients and the guest's agent, keeps the
+//! sandbox's policies, and writes how it ended. It runs no guest command itself and knows no SDK.
+#![forbid(unsafe_code)]
+
+mod assets;
+mod client;
+mod control;
+mod ending;
+mod launch;
+mod machine;
+mod relay;
+mod supervisor;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store};
+use cubby_vmm::{Error, Vm};
+use launch::Launch;
+use machine::Marked;
+use relay::Relay;
+use supervisor::Parts;
+
+fn main() -> ExitCode {
+    let began = Instant::now();
+    if std::env::args_os().nth(1).is_some() {
+        println!("cubby-sandbox {} is started by the cubbyhole library", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    let (mut launch, spec) = match Launch::receive() {
+        Ok(received) => received,
+        Err(error) => {
+            eprintln!("cubby-sandbox: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = prepare(&spec).and_then(|(lock, store)| {
+        let ended = carry(&mut launch, &spec, &store, began);
+        // Only now may the sandbox's next process begin.
+        drop(lock);
+        ended
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { reason, message, remedy }) => {
+            eprintln!("cubby-sandbox: {message}");
+            launch.fail(reason, message, remedy, None);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why there is no guest.
+struct Failure {
+    reason: ExitReason,
+    message: String,
+    remedy: Option<String>,
+}
+
+impl Failure {
+    fn at(stage: &str, message: impl ToString) -> Self {
+        Self {
+            reason: ExitReason::BootFailed { stage: stage.into() },
+            message: message.to_string(),
+            remedy: None,
+        }
+    }
+}
+
+/// Takes the sandbox: from here on this process is the one behind it.
+fn prepare(spec: &LaunchSpec) -> Result<(RunLock, Store), Failure> {
+    let failed = |error: &dyn std::error::Error| Failure::at("store", chain(error));
+    let lock = RunLock::acquire(&spec.lock, RunLock::PATIENCE).map_err(|error| failed(&error))?;
+    let store = Store::open(&spec.home).map_err(|error| failed(&error))?;
+    store.adopt(spec.run, &lock).map_err(|error| failed(&error))?;
+    Ok((lock, store))
+}
+
+/// Boots and carries the sandbox to its end; a boot that fails is recorded.
+fn carry(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -> Result<(), Failure> {
+    boot(launch, spec, store, began).inspect_err(|failure| {
+        // If not even that can be written, the next reader finds the process gone.
+        let _ = store.finish(spec.run, &ExitReport::now(failure.reason.clone()));
+    })
+}
+
+fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -> Result<(), Failure> {
+    let assets = assets::find(&spec.home.lib()).map_err(|missing| Failure {
+        remedy: Some("install them with `cargo xtask install` or name their directory with CUBBY_ASSETS".into()),
+        ..Failure::at("assets", missing)
+    })?;
+    let marked = Marked::default();
+    let config =
+        machine::config(spec, &assets, marked.clone()).map_err(|why| Failure::at("disks", why))?;
+    let relay = Relay::listen(&spec.socket, spec.config.max_clients)
+        .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
+    let vmm = |error: Error| match error {
+        Error::Host(host) => {
+            Failure { reason: ExitReason::HostUnsupported, message: host.why, remedy: Some(host.remedy) }
+        }
+        error => Failure::at("vm", chain(&error)),
+    };
+    let mut events = Vm::event_loop().map_err(vmm)?;
+    let vm = Vm::boot(config, &mut events).map_err(vmm)?;
+    supervisor::run(Parts { spec, launch, store, relay, vm, events, marked, began })
+        .map_err(|why| Failure::at("supervisor", why))
+}
+
+/// An error and all its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}

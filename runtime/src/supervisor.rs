@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cubby_protocol::message::{Mark, Refused, Reply, Request, SandboxStatus};
-use cubby_state::{Event, ExitReason, ExitReport, LaunchReport, LaunchSpec, Next, Status};
+use cubby_state::{Event, ExitReason, ExitReport, LaunchReport, LaunchSpec, Next, Status, Store};
 use cubby_vmm::devices::Device;
 use cubby_vmm::devices::vsock::{How, Port, Vsock, VsockEvent};
 use cubby_vmm::{EventLoop, Exit, Vm};
@@ -17,7 +17,6 @@ use crate::control::{Control, Said};
 use crate::ending::{self, Evidence};
 use crate::launch::Launch;
 use crate::machine::{self, Marked};
-use crate::record::Record;
 use crate::relay::{Asked, Relay};
 
 /// Event data of the descriptors that are no client's.
@@ -33,10 +32,10 @@ fn grace(timeout: Duration) -> u32 {
 }
 
 /// All that a supervisor starts from.
-pub(crate) struct Parts {
-    pub(crate) spec: LaunchSpec,
-    pub(crate) launch: Launch,
-    pub(crate) record: Record,
+pub(crate) struct Parts<'a> {
+    pub(crate) spec: &'a LaunchSpec,
+    pub(crate) launch: &'a mut Launch,
+    pub(crate) store: &'a Store,
     pub(crate) relay: Relay,
     pub(crate) vm: Vm,
     pub(crate) events: EventLoop,
@@ -44,11 +43,11 @@ pub(crate) struct Parts {
     pub(crate) began: Instant,
 }
 
-pub(crate) struct Supervisor {
-    spec: LaunchSpec,
+struct Supervisor<'a> {
+    spec: &'a LaunchSpec,
     status: Status,
-    launch: Launch,
-    record: Record,
+    launch: &'a mut Launch,
+    store: &'a Store,
     relay: Relay,
     control: Control,
     vm: Vm,
@@ -95,10 +94,10 @@ impl MutEventSubscriber for Inbox {
 }
 
 /// Carries the sandbox from its first instruction to its record in the store.
-pub(crate) fn run(parts: Parts) -> Result<(), String> {
+pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, record, relay, vm, mut events, marked, began } = parts;
-    let config = machine::guest_config(&spec).map_err(|error| error.to_string())?;
+    let Parts { spec, launch, store, relay, vm, mut events, marked, began } = parts;
+    let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
     let inbox = events.add_subscriber(Box::new(Inbox {
@@ -122,7 +121,7 @@ pub(crate) fn run(parts: Parts) -> Result<(), String> {
         last_activity: now,
         spec,
         launch,
-        record,
+        store,
         relay,
         vm,
         vsock,
@@ -143,7 +142,7 @@ pub(crate) fn run(parts: Parts) -> Result<(), String> {
     supervisor.finish(&mut events, inbox)
 }
 
-impl Supervisor {
+impl Supervisor<'_> {
     fn vsock(&self) -> MutexGuard<'_, Vsock> {
         self.vsock.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -209,7 +208,9 @@ impl Supervisor {
         match self.status.after(event) {
             Ok(Next::Status(next)) => {
                 if next != self.status {
-                    self.record.transition(self.status, event).map_err(Reply::Failed)?;
+                    self.store
+                        .transition(self.spec.run, self.status, event)
+                        .map_err(|error| Reply::Failed(crate::chain(&error)))?;
                 }
                 self.status = next;
                 Ok(())
@@ -489,7 +490,7 @@ impl Supervisor {
         if report.reason.status() == Status::Crashed {
             report = report.with_console(&console);
         }
-        self.record.finish(&report)?;
+        self.store.finish(self.spec.run, &report).map_err(|error| crate::chain(&error))?;
         if let Ok(mut ops) = events.event_ops(inbox) {
             for asked in self.ending.take().map(|ending| ending.waiters).unwrap_or_default() {
                 self.relay.reply(&asked, &Reply::Done);

@@ -113,6 +113,14 @@ pub enum Error {
     /// The image cannot be had.
     #[error(transparent)]
     Image(#[from] cubby_image::Error),
+    /// The image that the sandbox was created from is not in the store any more.
+    #[error("sandbox {name:?} was created from image {reference}, which is gone from the store: remove the sandbox and create it again")]
+    ImageGone {
+        /// The sandbox.
+        name: String,
+        /// The image.
+        reference: String,
+    },
     /// The configuration has mistakes: all of them are here.
     #[error("the configuration has {} mistakes: {}", .0.len(), list(.0))]
     InvalidConfig(Vec<cubby_state::Mistake>),

@@ -1,1 +1,39 @@
-//! sdk
+//! Run code nobody trusts, inside your own program. A [`Sandbox`] is a child process that boots a microVM: its
+//! own kernel, its own disk, nothing of yours.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), cubbyhole::Error> {
+//! use cubbyhole::Sandbox;
+//!
+//! let sandbox = Sandbox::builder("worker").image("python:3.12").create().await?;
+//! let output = sandbox.shell("echo hello > /tmp/x && cat /tmp/x").await?;
+//! assert!(output.success());
+//! sandbox.stop().await?;
+//! Sandbox::remove("worker").await?;
+//! # Ok(()) }
+//! ```
+//!
+//! The sandbox process (`cubby-sandbox`), the guest kernel and the agent are installed once, by
+//! `cargo xtask install --prefix DIR`; with `DIR/bin` on `PATH` nothing else has to be set. What is kept lies
+//! under `~/.microsandbox`, or `CUBBY_HOME`.
+//!
+//! Everything that waits is `async` and runs on tokio. Every failure is a value of [`Error`].
+#![forbid(unsafe_code)]
+
+mod builder;
+mod children;
+mod connection;
+mod context;
+mod error;
+mod exec;
+mod launch;
+mod sandbox;
+
+pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};
+pub use error::{Error, ExecErrorKind, R};
+pub use exec::{ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExitStatus};
+pub use launch::BootPhase;
+pub use sandbox::{Sandbox, SandboxHandle};
+
+pub use cubby_image::Progress as ImageProgress;
+pub use cubby_state::{ExitReason, ExitReport, Mistake, Status};

@@ -1,1 +1,29 @@
-//! state
+//! What a sandbox is, apart from the machine that runs it: the states it goes through, what is remembered
+//! of it, and where that lies on disk.
+//!
+//! * [`machine`]: one pure table from (status, event) to the next status or a typed refusal;
+//! * [`store`]: the rows of all sandboxes and their runs, in one SQLite file that many processes share;
+//! * [`liveness`]: whether the process behind a row is still the process that wrote it;
+//! * [`config`], [`exit`], [`launch`]: the values that pass between an application, the store and a sandbox
+//!   process;
+//! * [`home`]: the directories and names of all files.
+//!
+//! The application and the sandbox process both link this crate. It is synchronous, knows nothing of virtual
+//! machines, and never removes anything that it did not create.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod exit;
+pub mod home;
+pub mod launch;
+pub mod liveness;
+pub mod machine;
+pub mod store;
+
+pub use config::{ImageDefaults, ImageSource, InvalidConfig, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName};
+pub use exit::{ExitReason, ExitReport};
+pub use home::{Home, HomeError};
+pub use launch::{LaunchReport, LaunchSpec};
+pub use liveness::{LockError, ProcessIdentity, RunLock};
+pub use machine::{Event, Next, Refused, Status};
+pub use store::{Record, Run, RunId, Store, StoreError, Summary};

@@ -80,7 +80,7 @@ impl Rig {
         let bytes = Bytes { data, flushes: 0, discards: vec![], unmapped: 0, broken: false };
         let disk = Arc::new(Mutex::new(Blk::new(bytes, options)));
         let mut guest = Guest::new(16 << 20);
-        let ring = Ring::new(&mut guest, 16, features & RING_EVENT_IDX != 0);
+        let ring = Ring::new(&mut guest, 128, features & RING_EVENT_IDX != 0);
         let line: Arc<Line> = guest.line.clone();
         let mut transport = Transport::new(disk.clone(), guest.memory.clone(), line);
         bring_up(&mut transport, features, &[&ring]);
@@ -183,6 +183,14 @@ fn nothing_outside_the_disk_is_touched() {
 }
 
 #[test]
+fn the_last_sector_is_the_last() {
+    let mut rig = Rig::new(Options::default(), u64::MAX);
+    assert_eq!(rig.request(request::IN, SECTORS - 1, &[0; 512], true).0, 0);
+    assert_eq!(rig.request(request::IN, SECTORS, &[0; 512], true).0, 1);
+    assert_eq!(rig.request(request::IN, SECTORS - 1, &[0; 1024], true).0, 1);
+}
+
+#[test]
 fn a_read_only_disk_refuses_every_change() {
     let mut rig = Rig::new(Options { read_only: true, ..Options::default() }, u64::MAX);
     assert_ne!(rig.disk.lock().unwrap().features() & feature::RO, 0);
@@ -260,16 +268,29 @@ fn the_configuration_is_the_disks() {
     assert_eq!(far, [0; 4]);
 }
 
-#[test]
-fn a_batch_interrupts_once() {
-    let mut rig = Rig::new(Options::default(), u64::MAX);
+/// Makes `n` reads available.
+fn reads(rig: &mut Rig, n: usize) {
     let header = rig.guest.alloc_with(&[0; 16]);
     let data = rig.guest.alloc(1024);
-    for _ in 0..5 {
+    for _ in 0..n {
         let buffers =
             [Buffer::readable(header, 16), Buffer::writable(data, 512), Buffer::writable(data + 512, 1)];
         rig.ring.submit(&buffers);
     }
+}
+
+#[test]
+fn a_long_batch_does_not_keep_its_first_completions_to_the_end() {
+    let mut rig = Rig::new(Options::default(), !RING_EVENT_IDX);
+    reads(&mut rig, 40);
+    assert_eq!(rig.kick(), Progress::Idle);
+    assert_eq!(rig.guest.line.count(), 3);
+}
+
+#[test]
+fn a_batch_interrupts_once() {
+    let mut rig = Rig::new(Options::default(), u64::MAX);
+    reads(&mut rig, 5);
     rig.ring.arm_interrupt();
     assert_eq!(rig.kick(), Progress::Idle);
     assert_eq!(rig.guest.line.count(), 1);

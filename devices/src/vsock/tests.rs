@@ -8,6 +8,8 @@ use super::*;
 use crate::testing::{Buffer, Guest, Ring, bring_up, read_register, write_register};
 use crate::{Transport, TransportState};
 
+mod random;
+
 const CID: u32 = 7;
 
 /// The guest's driver: what it offers to receive, and what it got.

@@ -1,0 +1,422 @@
+//! A sandbox in the hands of a program.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use cubby_protocol::message::{Reply, Request};
+use cubby_state::{Event, ExitReport, Record, SandboxName, Status, StoreError};
+use tokio::sync::Mutex;
+
+use crate::builder::{SandboxBuilder, bring_up};
+use crate::connection::{Connection, ConnectionError};
+use crate::context::Context;
+use crate::error::{Error, R};
+use crate::exec::{ExecHandle, ExecOptions, ExecOutput};
+use crate::launch::{BootPhase, find_runtime};
+
+/// How long [`Sandbox::stop`] gives the guest before it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a guest may take to be ready again.
+const BOOT_TIMEOUT_MS: u64 = 120_000;
+
+/// A sandbox. Clones share one connection; dropping all of them ends the connection, and with it the commands
+/// they started, but not the sandbox.
+#[derive(Clone)]
+pub struct Sandbox {
+    name: Arc<str>,
+    id: SandboxName,
+    context: Context,
+    connection: Arc<Mutex<Option<Arc<Connection>>>>,
+    boot: Arc<[BootPhase]>,
+    shell: Arc<str>,
+}
+
+impl Sandbox {
+    /// Begins to describe a new sandbox.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), cubbyhole::Error> {
+    /// use cubbyhole::Sandbox;
+    ///
+    /// let sandbox = Sandbox::builder("worker").image("python:3.12").create().await?;
+    /// let output = sandbox.exec("python3", ["-c", "print(6 * 7)"]).await?;
+    /// assert_eq!(output.stdout()?, "42\n");
+    /// sandbox.stop().await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn builder(name: impl Into<String>) -> SandboxBuilder {
+        SandboxBuilder::new(name.into())
+    }
+
+    /// Boots a sandbox that is Stopped or Crashed, with the configuration and the disk it had. It stops when
+    /// this process ends.
+    pub async fn start(name: impl AsRef<str>) -> R<Self> {
+        Self::start_as(name.as_ref(), true).await
+    }
+
+    /// Like [`Self::start`], for a sandbox that outlives this process.
+    pub async fn start_detached(name: impl AsRef<str>) -> R<Self> {
+        Self::start_as(name.as_ref(), false).await
+    }
+
+    async fn start_as(name: &str, attached: bool) -> R<Self> {
+        let context = Context::open()?;
+        let id = Context::name(name)?;
+        let record = context.store.begin_run(&id).map_err(|error| Error::store(name, error))?;
+        let image = match find_image(&context, &record) {
+            Ok(image) => image,
+            Err(error) => {
+                let spec = context.launch_spec(&record, Default::default(), attached, BOOT_TIMEOUT_MS);
+                context.give_up(&spec, "image");
+                return Err(error);
+            }
+        };
+        let spec = context.launch_spec(&record, image.disk, attached, BOOT_TIMEOUT_MS);
+        let runtime = find_runtime(record.config.runtime.as_deref()).inspect_err(|_| {
+            context.give_up(&spec, "runtime");
+        })?;
+        bring_up(context, &runtime, spec, &|_| ()).await
+    }
+
+    /// Any existing sandbox. It is connected to on first use.
+    pub async fn get(name: impl AsRef<str>) -> R<Self> {
+        let context = Context::open()?;
+        let id = Context::name(name.as_ref())?;
+        let record = context.store.get(&id).map_err(|error| Error::store(name.as_ref(), error))?;
+        Ok(Self::of(context, &record, None, Vec::new()))
+    }
+
+    /// All sandboxes, the newest first.
+    pub async fn list() -> R<Vec<SandboxHandle>> {
+        let context = Context::open()?;
+        let list = context.store.list()?;
+        Ok(list
+            .into_iter()
+            .map(|summary| SandboxHandle {
+                name: summary.name,
+                status: summary.status,
+                created_at: summary.created_at,
+            })
+            .collect())
+    }
+
+    /// Removes a sandbox that is Stopped or Crashed: its row, disk, logs and socket.
+    pub async fn remove(name: impl AsRef<str>) -> R<()> {
+        let context = Context::open()?;
+        let id = Context::name(name.as_ref())?;
+        context.store.remove(&id).map_err(|error| Error::store(name.as_ref(), error))
+    }
+
+    /// A sandbox whose process has just said that it is ready.
+    pub(crate) async fn connected(context: Context, id: SandboxName, boot: Vec<BootPhase>) -> R<Self> {
+        let record = context.store.get(&id)?;
+        let socket = context.store.home().socket(&id);
+        let connection =
+            Connection::open(&socket).await.map_err(|error| Error::connection(id.as_str(), error))?;
+        Ok(Self::of(context, &record, Some(Arc::new(connection)), boot))
+    }
+
+    fn of(
+        context: Context,
+        record: &Record,
+        connection: Option<Arc<Connection>>,
+        boot: Vec<BootPhase>,
+    ) -> Self {
+        Self {
+            name: record.name.as_str().into(),
+            id: record.name.clone(),
+            context,
+            connection: Arc::new(Mutex::new(connection)),
+            boot: boot.into(),
+            shell: record.config.shell.as_deref().unwrap_or("/bin/sh").into(),
+        }
+    }
+
+    /// The sandbox's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What state it is in now.
+    pub async fn status(&self) -> R<Status> {
+        Ok(self.record()?.status)
+    }
+
+    /// How its last run ended; `None` if it has not ended yet.
+    pub async fn last_exit(&self) -> R<Option<ExitReport>> {
+        Ok(self.record()?.run.exit)
+    }
+
+    /// Where the time of its boot went, if this value has booted it.
+    pub fn boot_phases(&self) -> &[BootPhase] {
+        &self.boot
+    }
+
+    /// Waits for its end.
+    pub async fn wait(&self) -> R<ExitReport> {
+        loop {
+            let record = self.record()?;
+            if let Some(report) = record.run.exit {
+                return Ok(report);
+            }
+            match self.connection("wait").await {
+                Ok(connection) => drop(connection.wait_ended().await),
+                // Booting, or just gone: the store knows soon.
+                Err(Error::InvalidState { .. } | Error::Process { .. }) => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Ends the guest's processes (TERM, then KILL), syncs its disk and powers it off; after ten seconds it
+    /// is killed.
+    pub async fn stop(&self) -> R<()> {
+        self.stop_with_timeout(STOP_TIMEOUT).await
+    }
+
+    /// Like [`Self::stop`], with a time-out of your own. Four fifths of it are the processes' to end by
+    /// themselves.
+    pub async fn stop_with_timeout(&self, timeout: Duration) -> R<()> {
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        self.end(Request::Stop { timeout_ms }, Event::Stop).await
+    }
+
+    /// Ends the sandbox at once, as if its power were cut.
+    pub async fn kill(&self) -> R<()> {
+        self.end(Request::Kill, Event::Kill).await
+    }
+
+    /// Refuses new commands, lets those that run finish, then stops. Returns when it has stopped.
+    pub async fn drain(&self) -> R<()> {
+        self.end(Request::Drain { deadline_ms: None }, Event::Drain).await
+    }
+
+    /// Like [`Self::drain`]; what still runs at the deadline is ended.
+    pub async fn drain_with_deadline(&self, deadline: Duration) -> R<()> {
+        let deadline_ms = Some(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
+        self.end(Request::Drain { deadline_ms }, Event::Drain).await
+    }
+
+    /// Freezes the guest. It uses no processor time until [`Self::resume`].
+    pub async fn pause(&self) -> R<()> {
+        self.call(Request::Pause, Event::Pause).await
+    }
+
+    /// Lets the guest go on exactly where it was, with the wall clock set right.
+    pub async fn resume(&self) -> R<()> {
+        self.call(Request::Resume, Event::Resume).await
+    }
+
+    /// Lets the sandbox outlive this process.
+    pub async fn detach(self) -> R<()> {
+        self.call(Request::Detach, Event::Detach).await
+    }
+
+    /// Counts as use, for the idle time-out.
+    pub async fn touch(&self) -> R<()> {
+        self.call(Request::Touch, Event::Open).await
+    }
+
+    /// The time that the guest's agent takes to answer.
+    pub async fn ping(&self) -> R<Duration> {
+        let connection = self.connection("ping").await?;
+        let begin = Instant::now();
+        connection.ping().await.map_err(|error| self.connection_error(error, "ping"))?;
+        Ok(begin.elapsed())
+    }
+
+    /// Runs a command and waits for it. A command that fails is `Ok` with its exit status; one that cannot
+    /// run is an error.
+    pub async fn exec(
+        &self,
+        program: impl Into<String>,
+        args: impl IntoIterator<Item = impl Into<String>>,
+    ) -> R<ExecOutput> {
+        self.exec_with(program, |options| options.args(args)).await
+    }
+
+    /// Runs a command with options and waits for it.
+    pub async fn exec_with(
+        &self,
+        program: impl Into<String>,
+        options: impl FnOnce(&mut ExecOptions) -> &mut ExecOptions,
+    ) -> R<ExecOutput> {
+        let mut chosen = ExecOptions::default();
+        options(&mut chosen);
+        chosen.open.stdin = chosen.stdin.is_some();
+        let stdin = chosen.stdin.take();
+        self.start_command(program.into(), chosen).await?.collect(stdin).await
+    }
+
+    /// Starts a command with a standard input to write to, and returns at once.
+    pub async fn exec_stream(
+        &self,
+        program: impl Into<String>,
+        args: impl IntoIterator<Item = impl Into<String>>,
+    ) -> R<ExecHandle> {
+        self.exec_stream_with(program, |options| options.args(args)).await
+    }
+
+    /// Starts a command with options, and returns at once.
+    pub async fn exec_stream_with(
+        &self,
+        program: impl Into<String>,
+        options: impl FnOnce(&mut ExecOptions) -> &mut ExecOptions,
+    ) -> R<ExecHandle> {
+        let mut chosen = ExecOptions::default();
+        options(&mut chosen);
+        chosen.open.stdin = true;
+        let stdin = chosen.stdin.take();
+        let mut handle = self.start_command(program.into(), chosen).await?;
+        if let Some(bytes) = stdin {
+            handle.write_stdin(bytes).await?;
+            handle.close_stdin().await?;
+        }
+        Ok(handle)
+    }
+
+    /// Runs a script with the sandbox's shell (`/bin/sh -c`) and waits for it.
+    pub async fn shell(&self, script: impl Into<String>) -> R<ExecOutput> {
+        self.exec(&*self.shell, ["-c".to_owned(), script.into()]).await
+    }
+
+    /// Starts a script with the sandbox's shell, and returns at once.
+    pub async fn shell_stream(&self, script: impl Into<String>) -> R<ExecHandle> {
+        self.exec_stream(&*self.shell, ["-c".to_owned(), script.into()]).await
+    }
+
+    async fn start_command(&self, program: String, options: ExecOptions) -> R<ExecHandle> {
+        let connection = self.connection("exec").await?;
+        let open = cubby_protocol::message::Open { program, ..options.open };
+        ExecHandle::start(&connection, &self.name, &open).await
+    }
+
+    fn record(&self) -> R<Record> {
+        self.context.store.get(&self.id).map_err(|error| Error::store(&self.name, error))
+    }
+
+    /// The connection, made if there is none or if it has ended.
+    async fn connection(&self, operation: &str) -> R<Arc<Connection>> {
+        let mut slot = self.connection.lock().await;
+        if let Some(connection) = &*slot
+            && connection.ended().is_none()
+        {
+            return Ok(connection.clone());
+        }
+        let status = self.record()?.status;
+        if !status.is_live() || status == Status::Creating {
+            return Err(Error::invalid_state(&self.name, status, operation));
+        }
+        let socket = self.context.store.home().socket(&self.id);
+        let connection = Connection::open(&socket)
+            .await
+            .map_err(|error| self.connection_error(error, operation))?;
+        let connection = Arc::new(connection);
+        *slot = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// A connection that ended because the sandbox did is about the sandbox's state.
+    fn connection_error(&self, error: ConnectionError, operation: &str) -> Error {
+        match (&error, self.record()) {
+            (ConnectionError::Closed | ConnectionError::Io(_), Ok(record)) if !record.status.is_live() => {
+                Error::invalid_state(&self.name, record.status, operation)
+            }
+            _ => Error::connection(&self.name, error),
+        }
+    }
+
+    async fn call(&self, request: Request, event: Event) -> R<()> {
+        let connection = self.connection(event.as_str()).await?;
+        let reply = connection.call(request).await;
+        match reply.map_err(|error| self.connection_error(error, event.as_str()))? {
+            Reply::Refused(refused) => Err(Error::refused(&self.name, event.as_str(), refused)),
+            Reply::Failed(why) => Err(Error::Process { name: self.name().into(), why }),
+            Reply::Done | Reply::Status(_) => Ok(()),
+        }
+    }
+
+    /// A call whose answer is the sandbox's end.
+    async fn end(&self, request: Request, event: Event) -> R<()> {
+        let connection = self.connection(event.as_str()).await?;
+        match connection.call(request).await {
+            Ok(Reply::Refused(refused)) => Err(Error::refused(&self.name, event.as_str(), refused)),
+            Ok(Reply::Failed(why)) => Err(Error::Process { name: self.name().into(), why }),
+            Ok(Reply::Done | Reply::Status(_)) => Ok(()),
+            // It went before it could answer.
+            Err(ConnectionError::Closed | ConnectionError::Io(_)) => match self.record()?.status {
+                status if status.is_live() => Err(Error::invalid_state(&self.name, status, event.as_str())),
+                _ => Ok(()),
+            },
+            Err(error) => Err(Error::connection(&self.name, error)),
+        }
+    }
+}
+
+impl std::fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sandbox").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// A sandbox in a list, as it was when the list was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SandboxHandle {
+    name: SandboxName,
+    status: Status,
+    created_at: SystemTime,
+}
+
+impl SandboxHandle {
+    /// The sandbox's name.
+    pub fn name(&self) -> &str {
+        self.name.as_str()
+    }
+
+    /// Its state.
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// When it was created.
+    pub fn created_at(&self) -> SystemTime {
+        self.created_at
+    }
+
+    /// The sandbox itself.
+    pub async fn connect(&self) -> R<Sandbox> {
+        Sandbox::get(self.name()).await
+    }
+}
+
+/// The image that the sandbox was created from.
+fn find_image(context: &Context, record: &Record) -> R<cubby_image::Image> {
+    let source = &record.config.image;
+    let digest = source.digest.as_deref().and_then(|digest| digest.parse().ok());
+    let image = match digest {
+        Some(digest) => context.images.image(&digest)?,
+        None => None,
+    };
+    image.ok_or_else(|| Error::ImageGone {
+        name: record.name.to_string(),
+        reference: source.reference.clone(),
+    })
+}
+
+impl Error {
+    /// An error of the store that is about the sandbox `name`.
+    pub(crate) fn store(name: &str, error: StoreError) -> Self {
+        let name = name.to_owned();
+        match error {
+            StoreError::NotFound { .. } => Self::NotFound { name },
+            StoreError::AlreadyExists { .. } => Self::AlreadyExists { name },
+            error => match error.refused() {
+                Some(refused) => Self::invalid_state(&name, refused.status, refused.event.as_str()),
+                None => Self::Store(error),
+            },
+        }
+    }
+}
