@@ -3,7 +3,7 @@
 //! A client that breaks the protocol gets a [`Fatal`] and is dropped with all of its commands; nobody else
 //! notices. Frames for sessions that are over are passed over, since they may have crossed the session's end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -14,13 +14,17 @@ use cubby_protocol::{Decoder, Frame, FrameError, Hello, Kind, SessionId, decode}
 use rustix::event::epoll;
 use rustix::io::Errno;
 
-use crate::output::{HARD_LIMIT, Output};
+use crate::output::{HARD_LIMIT, Output, SOFT_LIMIT};
 use crate::session::{Session, Which};
 use crate::spawn::Spawner;
 use crate::token::Token;
 
 /// How many sessions the guest takes, over all clients.
 pub const MAX_SESSIONS: usize = 1024;
+
+/// How long news of a command's start may wait for company: a short command's Started, output and Exited then leave
+/// in one write, which is one message to the host instead of two.
+const PATIENCE: Duration = Duration::from_millis(2);
 
 /// How descriptors of connections and sessions are watched: edge-triggered, so that a full buffer or an exhausted
 /// window needs no system call to stop listening.
@@ -76,6 +80,14 @@ pub struct Client {
     decoder: Decoder,
     output: Output,
     sessions: BTreeMap<SessionId, Session>,
+    /// Sessions that may have bytes to move, so that idle ones cost nothing.
+    active: BTreeSet<SessionId>,
+    /// No session's deadline is before this.
+    deadline: Option<Instant>,
+    /// Until when nothing but news of started commands waits to be written.
+    patience: Option<Instant>,
+    /// How many bytes of such news there are.
+    waiting_starts: usize,
     greeted: bool,
     readable: bool,
     hung_up: bool,
@@ -94,6 +106,10 @@ impl Client {
             decoder: Decoder::default(),
             output,
             sessions: BTreeMap::new(),
+            active: BTreeSet::new(),
+            deadline: None,
+            patience: None,
+            waiting_starts: 0,
             greeted: false,
             readable: true,
             hung_up: false,
@@ -113,6 +129,7 @@ impl Client {
     pub fn on_session_event(&mut self, id: u32, which: Which, flags: epoll::EventFlags) {
         if let Some(session) = self.sessions.get_mut(&SessionId(id)) {
             session.on_event(which, flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR));
+            self.active.insert(SessionId(id));
         }
     }
 
@@ -121,18 +138,29 @@ impl Client {
         if let Some(session) = self.sessions.get_mut(&id) {
             let how = how(session);
             session.on_exit(how, now);
+            self.active.insert(id);
+            self.deadline = earlier(self.deadline, session.deadline());
         }
     }
 
-    /// The earliest deadline of its sessions.
+    /// When [`Self::on_deadlines`] wants to be called; it may find that a session ended before.
     pub fn deadline(&self) -> Option<Instant> {
-        self.sessions.values().filter_map(Session::deadline).min()
+        earlier(self.deadline, self.patience)
     }
 
     /// Lets sessions whose deadline has passed act.
     pub fn on_deadlines(&mut self, now: Instant) {
-        let due = |session: &&mut Session| session.deadline().is_some_and(|deadline| deadline <= now);
-        self.sessions.values_mut().filter(due).for_each(|session| session.on_deadline(now));
+        if self.deadline.is_none_or(|deadline| deadline > now) {
+            return;
+        }
+        self.deadline = None;
+        for (id, session) in &mut self.sessions {
+            if session.deadline().is_some_and(|deadline| deadline <= now) {
+                session.on_deadline(now);
+                self.active.insert(*id);
+            }
+            self.deadline = earlier(self.deadline, session.deadline());
+        }
     }
 
     /// Reads once and does what the frames ask.
@@ -162,19 +190,28 @@ impl Client {
 
     /// Moves the bytes of all sessions and ends those that are over.
     pub fn pump(&mut self, shared: &mut Shared) {
-        let output = &mut self.output;
-        self.sessions.retain(|id, session| match session.pump(output, &mut shared.held) {
-            None => true,
-            Some(how) => {
-                output.message(Kind::Exited, *id, &how);
+        for id in std::mem::take(&mut self.active) {
+            let Some(session) = self.sessions.get_mut(&id) else { continue };
+            if let Some(how) = session.pump(&mut self.output, &mut shared.held) {
+                self.output.message(Kind::Exited, id, &how);
+                self.sessions.remove(&id);
                 shared.sessions -= 1;
-                false
+            } else if session.has_more() {
+                self.active.insert(id);
             }
-        });
+        }
     }
 
     /// Writes what the connection takes.
     pub fn flush(&mut self) -> Result<(), Drop> {
+        if let Some(until) = self.patience.take()
+            && self.output.len() == self.waiting_starts
+            && Instant::now() < until
+        {
+            self.patience = Some(until);
+            return Ok(());
+        }
+        self.waiting_starts = 0;
         if self.writable && !self.output.is_empty() {
             self.writable = self.output.flush(&self.socket).map_err(|_| Drop::Gone)?;
         }
@@ -184,7 +221,7 @@ impl Client {
     /// Whether there is work that no event will announce.
     pub fn is_ready(&self) -> bool {
         let reads = self.readable && self.output.len() < HARD_LIMIT;
-        reads || self.sessions.values().any(|session| session.is_ready(&self.output))
+        reads || (!self.active.is_empty() && self.output.len() < SOFT_LIMIT)
     }
 
     /// Tells the client why, as far as its connection takes it, and ends its commands.
@@ -231,6 +268,7 @@ impl Client {
 
     fn on_session_frame(&mut self, kind: Kind, id: SessionId, payload: &[u8]) -> Result<(), Drop> {
         // Messages are checked even if their session is over.
+        self.active.insert(id);
         let session = self.sessions.get_mut(&id);
         match kind {
             Kind::Stdin => {
@@ -281,8 +319,12 @@ impl Client {
         }
         match self.start(id, open, shared) {
             Ok(pid) => {
-                let started = Started { pid: pid.unsigned_abs() };
+                let (started, before) = (Started { pid: pid.unsigned_abs() }, self.output.len());
                 self.output.message(Kind::Started, id, &started);
+                if before == self.waiting_starts {
+                    self.waiting_starts = self.output.len();
+                    self.patience = self.patience.or_else(|| Instant::now().checked_add(PATIENCE));
+                }
             }
             Err(failed) => self.output.message(Kind::Failed, id, &failed),
         }
@@ -302,9 +344,14 @@ impl Client {
         }
         shared.children.insert(pid, (self.slot, id));
         shared.sessions += 1;
+        self.deadline = earlier(self.deadline, session.deadline());
         self.sessions.insert(id, session);
         Ok(pid)
     }
+}
+
+fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    one.into_iter().chain(other).min()
 }
 
 fn broke(why: String) -> Drop {

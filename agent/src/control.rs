@@ -94,7 +94,7 @@ impl Control {
         ioctl_fionbio(&self.socket, false).map_err(io("FIONBIO"))?;
         self.output.raw(&Hello::OURS.to_frame());
         self.output.flush(&self.socket).map_err(io("vsock write"))?;
-        self.await_frame(Kind::Hello, |payload| Hello::from_payload(payload))?.agree()?;
+        self.await_frame(Kind::Hello, Hello::from_payload)?.agree()?;
         self.await_frame(Kind::Configure, decode)
     }
 

@@ -1,10 +1,8 @@
 //! The end of the guest: every process, then the disks, then the machine.
 
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use cubby_protocol::message::Mark;
-use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fsconfig_set_flag, fspick};
 use rustix::system::{RebootCommand, reboot};
 
 use crate::boot::mark::Marks;
@@ -66,15 +64,12 @@ impl Progress {
     }
 }
 
-/// Writes the disks, tells the host, and ends the machine. `disk` is the mount that holds what must last.
-pub fn off(control: Option<Control>, disk: Option<&OwnedFd>, marks: &Marks) -> ! {
+/// Writes the disks, tells the host, and ends the machine.
+///
+/// Everything written is on the disk after `sync`; the journal is replayed at the next mount. Making the file system
+/// read-only first would spare that, but reconfiguring ext4 below an overlay blocked for ever when tried on 6.12.
+pub fn off(control: Option<Control>, marks: &Marks) -> ! {
     rustix::fs::sync();
-    if let Some(disk) = disk {
-        // Read-only at last, the file system is marked clean; where that fails, its journal does the rest.
-        let _ = fspick(disk, c"", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC).and_then(
-            |picked| fsconfig_set_flag(&picked, c"ro").and_then(|()| fsconfig_reconfigure(&picked)),
-        );
-    }
     if let Some(control) = control {
         control.announce_power_off();
     }
@@ -82,11 +77,12 @@ pub fn off(control: Option<Control>, disk: Option<&OwnedFd>, marks: &Marks) -> !
     halt()
 }
 
-/// Ends the machine without a word to the host, for which this is a crash.
+/// Ends the machine without a word to the host, for which this is a crash. A reset always leaves the guest, while
+/// a kernel without ACPI knows no power-off and would stand still for ever.
 pub fn halt() -> ! {
     loop {
-        // Only a guest without a way to power off gets here twice.
-        let _ = reboot(RebootCommand::PowerOff);
+        // PID 1 has the right, so this does not return.
+        let _ = reboot(RebootCommand::Restart);
         std::thread::park();
     }
 }

@@ -220,9 +220,9 @@ impl Server {
 
     /// Reaps every child that ended, orphans included.
     fn reap(&mut self) -> Result<(), Errno> {
-        // The signal's own record says nothing that `wait` does not say better; reading it re-arms the event.
-        let mut record = [0; 128];
-        while rustix::io::read(&self.signals, &mut record).is_ok() {}
+        // SIGCHLD is never pending twice, so that one read re-arms the event; `wait` says all that it says. The
+        // end of a child while there is nothing to read is no error.
+        let _ = rustix::io::read(&self.signals, &mut [0; 128]);
         let now = Instant::now();
         loop {
             match wait(WaitOptions::NOHANG) {

@@ -251,11 +251,10 @@ impl Session {
         self.ended.filter(|_| self.stdout.is_none() && self.stderr.is_none())
     }
 
-    /// Whether [`Self::pump`] can do something without another event.
-    pub fn is_ready(&self, output: &Output) -> bool {
-        let streams = [&self.stdout, &self.stderr].into_iter().flatten();
+    /// Whether [`Self::pump`] has more to do as soon as the output has room.
+    pub fn has_more(&self) -> bool {
         let ready = |stream: &Stream| stream.ready && (self.window > 0 || stream.left == Some(0));
-        output.len() < SOFT_LIMIT && streams.into_iter().any(ready)
+        [&self.stdout, &self.stderr].into_iter().flatten().any(ready)
     }
 
     fn takes_input(&self) -> bool {

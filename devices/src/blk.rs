@@ -34,6 +34,9 @@ const ZERO_SECTORS: u32 = 256 << 10;
 /// Completions after which a long batch interrupts the driver without waiting for its end.
 const FLUSH_EVERY: u32 = 16;
 
+/// Bytes moved after which a kick lets others have the device: a pause must not wait for a queue full of I/O.
+const ROUND: usize = 2 << 20;
+
 /// Feature bits (§5.2.3).
 mod feature {
     pub const SIZE_MAX: u64 = 1 << 1;
@@ -309,7 +312,9 @@ impl<B: Backend> Blk<B> {
 
     fn work(&mut self, batch: &mut Batch<'_>) -> Progress {
         let mut served = 0;
+        let mut moved = 0usize;
         while let Some(mut chain) = batch.next() {
+            moved = moved.saturating_add(chain.readable_len()).saturating_add(chain.writable_len());
             match self.serve(&mut chain) {
                 Ok(written) => batch.complete(chain, written),
                 Err(error) => batch.fail(error),
@@ -317,6 +322,9 @@ impl<B: Backend> Blk<B> {
             served += 1;
             if served % FLUSH_EVERY == 0 {
                 batch.flush();
+            }
+            if moved >= ROUND {
+                batch.rest();
             }
         }
         batch.progress()

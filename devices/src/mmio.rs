@@ -6,7 +6,8 @@
 //! registers are frozen from QUEUE_READY and DRIVER_OK on. An access that is misaligned, of another width, to
 //! no register, or out of order has no effect and is counted ([`Transport::rejected`]).
 //!
-//! INTERRUPT_STATUS and INTERRUPT_ACK, which a vCPU touches for every interrupt, take no lock.
+//! INTERRUPT_STATUS and INTERRUPT_ACK, which a vCPU touches for every interrupt, do not take the device's lock. The
+//! configuration space, features and queues do: a worker that holds it during disk I/O makes that access wait.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -193,6 +193,9 @@ impl<'q> Batch<'q> {
 
     fn take(&mut self) -> Result<Option<Chain<'q>>, QueueError> {
         let head = loop {
+            // Every look costs, or a driver that moves its index back and forth could keep us here.
+            let Some(budget) = self.budget.checked_sub(1) else { return Ok(None) };
+            self.budget = budget;
             let mut heads = self.ring.iter(self.memory).map_err(|_| QueueError::Ring)?;
             if let Some(chain) = heads.next() {
                 break chain.head_index();
@@ -202,7 +205,6 @@ impl<'q> Batch<'q> {
                 return Ok(None);
             }
         };
-        self.budget -= 1;
         let table = GuestAddress(self.ring.desc_table());
         let spare = std::mem::take(&mut self.spare);
         let chain = Chain::walk(self.memory, table, self.ring.size(), head, spare)?;
@@ -241,6 +243,11 @@ impl<'q> Batch<'q> {
             *self.failure = Some(error);
             self.signals.fail();
         }
+    }
+
+    /// Ends this round here: the chains were costly enough. [`Batch::progress`] is [`Progress::More`] then.
+    pub fn rest(&mut self) {
+        self.budget = 0;
     }
 
     /// Whether the queue may hold more that this round will not give out.

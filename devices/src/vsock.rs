@@ -10,6 +10,30 @@
 //!   credit for, so that a stream nobody reads stops only itself.
 //! - Every [`StreamId`] ends in exactly one [`VsockEvent::Closed`], after the last byte was consumed.
 //!
+//! After any call the owner polls events until there are none:
+//!
+//! ```
+//! use cubby_devices::vsock::{GuestCid, Port, Reason, Vsock, VsockEvent};
+//!
+//! let mut vsock = Vsock::new(GuestCid::try_from(3)?);
+//! vsock.listen(Port(1024));
+//! // The driver is not up: the request and its first bytes wait for it.
+//! let stream = vsock.connect(Port(1025))?;
+//! assert_eq!(vsock.send(stream, b"hello"), 5);
+//! vsock.reset(stream);
+//! while let Some(event) = vsock.poll_event() {
+//!     match event {
+//!         VsockEvent::Readable(id) => {
+//!             let n = vsock.received(id).len();
+//!             vsock.consume(id, n);
+//!         }
+//!         VsockEvent::Closed(id, reason) => assert_eq!((id, reason), (stream, Reason::Local)),
+//!         other => println!("{other:?}"),
+//!     }
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! What a guest can make the host keep: [`MAX_STREAMS`] streams of [`BUF_ALLOC`] bytes, and [`MAX_RESETS`]
 //! resets to be sent. What does not fit is refused or dropped, and counted ([`Counters`]). A guest that breaks
 //! the protocol in a stream loses that stream; one that breaks a ring loses the device.

@@ -25,6 +25,7 @@ mod config;
 mod digest;
 mod erofs;
 mod error;
+pub mod ext4;
 mod layer;
 mod manifest;
 mod options;

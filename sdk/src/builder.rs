@@ -19,6 +19,9 @@ use crate::sandbox::Sandbox;
 /// How long a guest may take to be ready. Twenty times what a slow machine needs.
 const BOOT_TIMEOUT_MS: u64 = 120_000;
 
+/// What [`SandboxName`] takes.
+const NAMES: &str = "1 to 128 letters, digits, '_', '.' and '-', beginning with a letter or digit";
+
 /// A sandbox to be. The setters only take notes: [`SandboxBuilder::create`] reports every mistake at once.
 #[derive(Clone, Debug)]
 #[must_use]
@@ -187,7 +190,7 @@ impl SandboxBuilder {
         let mut mistakes = self.config.validate().err().map(|invalid| invalid.0).unwrap_or_default();
         if name.is_err() {
             let given = shorten(&self.name);
-            mistakes.insert(0, Mistake { field: "name", given, allowed: SandboxName::ALLOWED });
+            mistakes.insert(0, Mistake { field: "name", given, allowed: NAMES });
         }
         match name {
             Ok(name) if mistakes.is_empty() => Ok((name, self.config.image.reference.parse()?)),

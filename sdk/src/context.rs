@@ -69,7 +69,7 @@ impl Context {
         let mut uuid = [0; 16];
         rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| failed(error.into()))?;
-        let options = ext4::Options { uuid, ..ext4::Options::default() };
+        let options = ext4::Options::new(uuid);
         ext4::format(&file, u64::from(spec.config.disk_mib) << 20, &options)
             .map_err(|error| failed(std::io::Error::other(error)))
     }

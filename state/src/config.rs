@@ -20,7 +20,9 @@ pub struct SandboxName(String);
 
 /// A text that cannot name a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{given:?} cannot name a sandbox: a name is 1 to 128 characters out of A-Z a-z 0-9 _ . - and begins with a letter or a digit")]
+#[error(
+    "{given:?} cannot name a sandbox: a name is 1 to 128 characters out of A-Z a-z 0-9 _ . - and begins with a letter or a digit"
+)]
 pub struct InvalidName {
     /// What was given, its first 64 characters at most.
     pub given: String,
@@ -266,17 +268,32 @@ impl SandboxConfig {
         let mut found = Mistakes::default();
         found.check("image", &self.image.reference, is_text(&self.image.reference), TEXT);
         if let Some(digest) = &self.image.digest {
-            found.check("image digest", digest, is_digest(digest), "sha256: or sha512: and its hexadecimal digits");
+            found.check(
+                "image digest",
+                digest,
+                is_digest(digest),
+                "sha256: or sha512: and its hexadecimal digits",
+            );
         }
         found.check("cpus", &self.cpus, (1..=32).contains(&self.cpus), "1 to 32");
-        found.check("memory", &self.memory_mib, (64..=1 << 20).contains(&self.memory_mib), "64 to 1048576 MiB");
+        found.check(
+            "memory",
+            &self.memory_mib,
+            (64..=1 << 20).contains(&self.memory_mib),
+            "64 to 1048576 MiB",
+        );
         found.check("disk", &self.disk_mib, (16..=1 << 20).contains(&self.disk_mib), "16 to 1048576 MiB");
         for (name, value) in &self.env {
             let right = !name.is_empty()
                 && !name.contains(['=', '\0'])
                 && !value.contains('\0')
                 && name.len().saturating_add(value.len()).saturating_add(2) <= MAX_STRING;
-            found.check("env", name, right, "a name without = and NUL, a value without NUL, 128 KiB together");
+            found.check(
+                "env",
+                name,
+                right,
+                "a name without = and NUL, a value without NUL, 128 KiB together",
+            );
         }
         found.check("env", &"too long", total(&self.env) <= MAX_TOTAL, "1 MiB in all");
         let paths = [("workdir", &self.workdir), ("shell", &self.shell)];
@@ -344,7 +361,8 @@ fn is_digest(text: &str) -> bool {
 
 fn is_user(text: &str) -> bool {
     let part = |part: &str| {
-        (1..=256).contains(&part.len()) && !part.chars().any(|c| c.is_control() || c.is_whitespace() || c == ':')
+        (1..=256).contains(&part.len())
+            && !part.chars().any(|c| c.is_control() || c.is_whitespace() || c == ':')
     };
     match text.split_once(':') {
         Some((user, group)) => part(user) && part(group),
@@ -373,7 +391,9 @@ mod tests {
             assert_eq!(name.parse::<SandboxName>().unwrap().as_str(), name);
         }
         let (too_long, emoji) = ("n".repeat(129), "🦀".repeat(1024));
-        for name in ["", ".", "..", "-a", "_a", "a/b", "/a", "../a", "a\0", "a\n", "a b", "ü", &too_long, &emoji] {
+        for name in
+            ["", ".", "..", "-a", "_a", "a/b", "/a", "../a", "a\0", "a\n", "a b", "ü", &too_long, &emoji]
+        {
             let error = name.parse::<SandboxName>().unwrap_err();
             assert!(error.given.chars().count() <= 64);
         }
@@ -396,7 +416,8 @@ mod tests {
         config.idle_timeout_s = Some(0);
         config.max_clients = 0;
         config.image.digest = Some("sha256:12".into());
-        config.ports = vec![Port { host: 80, guest: 80 }, Port { host: 80, guest: 81 }, Port { host: 1, guest: 0 }];
+        config.ports =
+            vec![Port { host: 80, guest: 80 }, Port { host: 80, guest: 81 }, Port { host: 1, guest: 0 }];
         config.runtime = Some(PathBuf::new());
         let InvalidConfig(mistakes) = config.validate().unwrap_err();
         let fields: Vec<_> = mistakes.iter().map(|mistake| mistake.field).collect();

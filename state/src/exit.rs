@@ -133,7 +133,11 @@ mod tests {
     #[test]
     fn every_reason_ends_a_draining_run_in_its_own_status() {
         for reason in reasons() {
-            assert_eq!(Status::Draining.after(reason.event()), Ok(Next::Status(reason.status())), "{reason:?}");
+            assert_eq!(
+                Status::Draining.after(reason.event()),
+                Ok(Next::Status(reason.status())),
+                "{reason:?}"
+            );
             assert!(!reason.status().is_live());
         }
     }

@@ -119,7 +119,8 @@ impl Home {
         // The last one to be made: where it is, all are.
         if !run.is_dir() {
             make(&self.root)?;
-            for path in [self.root.join("db"), self.cubby(), self.images(), self.lib(), self.sandboxes(), run.clone()]
+            for path in
+                [self.root.join("db"), self.cubby(), self.images(), self.lib(), self.sandboxes(), run.clone()]
             {
                 make(&path)?;
             }
@@ -240,7 +241,8 @@ fn make(path: &Path) -> Result<(), HomeError> {
 }
 
 fn closed(path: &Path) -> Result<(), HomeError> {
-    let meta = fs::symlink_metadata(path).map_err(|source| HomeError::Io { path: path.to_owned(), source })?;
+    let meta =
+        fs::symlink_metadata(path).map_err(|source| HomeError::Io { path: path.to_owned(), source })?;
     let mode = meta.mode() & 0o7777;
     if meta.is_dir() && meta.uid() == rustix::process::geteuid().as_raw() && mode & 0o077 == 0 {
         Ok(())

@@ -20,7 +20,9 @@ pub mod liveness;
 pub mod machine;
 pub mod store;
 
-pub use config::{ImageDefaults, ImageSource, InvalidConfig, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName};
+pub use config::{
+    ImageDefaults, ImageSource, InvalidConfig, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName,
+};
 pub use exit::{ExitReason, ExitReport};
 pub use home::{Home, HomeError};
 pub use launch::{LaunchReport, LaunchSpec};

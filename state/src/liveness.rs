@@ -45,7 +45,8 @@ impl ProcessIdentity {
     #[must_use]
     pub fn is_running(&self) -> bool {
         boot_id().is_ok_and(|boot| boot == self.boot_id)
-            && stat(self.pid).is_ok_and(|(state, start)| start == self.start_ticks && !matches!(state, b'Z' | b'X'))
+            && stat(self.pid)
+                .is_ok_and(|(state, start)| start == self.start_ticks && !matches!(state, b'Z' | b'X'))
     }
 }
 
@@ -62,14 +63,16 @@ fn boot_id() -> io::Result<&'static str> {
 /// State and start time of a process.
 fn stat(pid: u32) -> io::Result<(u8, u64)> {
     let text = std::fs::read(format!("/proc/{pid}/stat"))?;
-    parse_stat(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat has an unknown form"))
+    parse_stat(&text)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat has an unknown form"))
 }
 
 /// Fields 3 and 22. The name in field 2 may hold anything, spaces and parentheses included, so that only what
 /// follows the last `)` can be counted.
 fn parse_stat(text: &[u8]) -> Option<(u8, u64)> {
     let end = text.iter().rposition(|byte| *byte == b')')?;
-    let mut fields = text.get(end.checked_add(1)?..)?.split(u8::is_ascii_whitespace).filter(|f| !f.is_empty());
+    let mut fields =
+        text.get(end.checked_add(1)?..)?.split(u8::is_ascii_whitespace).filter(|f| !f.is_empty());
     let state = *fields.next()?.first()?;
     let start = std::str::from_utf8(fields.nth(18)?).ok()?.parse().ok()?;
     Some((state, start))
@@ -113,7 +116,8 @@ impl RunLock {
     /// [`LockError::Held`] if a process still holds it after `patience`; [`LockError::Io`].
     pub fn acquire(path: &Path, patience: Duration) -> Result<Self, LockError> {
         let failed = |source| LockError::Io { path: path.to_owned(), source };
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
         let file = file.map_err(failed)?;
         let deadline = Instant::now() + patience;
         loop {

@@ -325,7 +325,8 @@ impl Store {
         let sandboxes = self.home.sandboxes();
         for entry in fs::read_dir(&sandboxes).map_err(|source| self.io(&sandboxes, source))? {
             let name = entry.map_err(|source| self.io(&sandboxes, source))?.file_name();
-            if name.to_str().is_some_and(|name| name.starts_with(".orphan-") || name.starts_with(".removed-")) {
+            if name.to_str().is_some_and(|name| name.starts_with(".orphan-") || name.starts_with(".removed-"))
+            {
                 self.delete(&sandboxes.join(name))?;
             }
         }

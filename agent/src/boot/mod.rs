@@ -88,25 +88,24 @@ pub fn run() -> ! {
         Err(failed) => alone(&failed),
     };
     match pseudo.and_then(|()| set_up(&mut control, &marks)) {
-        Ok((server, disk)) => serve(server, control, disk, &marks),
+        Ok(server) => serve(server, control, &marks),
         Err(failed) => give_up(control, failed, &marks),
     }
 }
 
-fn set_up(control: &mut Control, marks: &Marks) -> Result<(Server, Option<OwnedFd>), Failed> {
+fn set_up(control: &mut Control, marks: &Marks) -> Result<Server, Failed> {
     let config = control.configuration().stage(SetupStage::Control)?;
     marks.set(Mark::Configured);
     identity::moment(&config).stage(SetupStage::Identity)?;
-    let disk = root::enter(&config.root)?;
+    root::enter(&config.root)?;
     marks.set(Mark::RootMounted);
     identity::name(&config).stage(SetupStage::Identity)?;
     identity::loopback().stage(SetupStage::Network)?;
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     setrlimit(Resource::Nofile, limit).stage(SetupStage::Listen)?;
-    let server = listener()
+    listener()
         .and_then(|listener| Server::new(listener, Peers::Cid(HOST_CID), config))
-        .stage(SetupStage::Listen)?;
-    Ok((server, disk))
+        .stage(SetupStage::Listen)
 }
 
 fn listener() -> Result<OwnedFd, Errno> {
@@ -117,7 +116,7 @@ fn listener() -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-fn serve(mut server: Server, mut control: Control, disk: Option<OwnedFd>, marks: &Marks) -> ! {
+fn serve(mut server: Server, mut control: Control, marks: &Marks) -> ! {
     let uname = rustix::system::uname();
     let ready = GuestReady {
         kernel: uname.release().to_string_lossy().into_owned(),
@@ -130,7 +129,7 @@ fn serve(mut server: Server, mut control: Control, disk: Option<OwnedFd>, marks:
         eprintln!("cubby-agent: event loop: {errno}");
         None
     });
-    power::off(control, disk.as_ref(), marks)
+    power::off(control, marks)
 }
 
 /// Tells the host why there will be no guest, and waits to be ended.
@@ -138,7 +137,7 @@ fn give_up(mut control: Control, failed: Failed, marks: &Marks) -> ! {
     eprintln!("cubby-agent: {failed}");
     control.say(Kind::SetupFailed, &SetupFailed { stage: failed.stage, message: failed.message });
     control.wait_for_end();
-    power::off(None, None, marks)
+    power::off(None, marks)
 }
 
 /// There is no connection to tell it on; the console and an unannounced power-off have to do.

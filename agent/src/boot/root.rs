@@ -1,12 +1,9 @@
 //! The root file system: the image read-only below, the sandbox's own disk above it, an overlay of both on top.
 //!
-//! The mounts of the two disks stay in the initramfs, out of everybody's sight. The descriptor of the upper one
-//! is kept, so that it can be made read-only, and thereby clean, at the end.
-
-use std::os::fd::OwnedFd;
+//! The mounts of the two disks stay in the initramfs, out of everybody's sight.
 
 use cubby_protocol::message::{RootDisks, SetupStage};
-use rustix::fs::{Mode, OFlags, chmod, open, stat};
+use rustix::fs::{Mode, chmod, stat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{chdir, chroot};
@@ -18,32 +15,29 @@ const LOWER: &std::ffi::CStr = c"/image";
 const UPPER: &std::ffi::CStr = c"/disk";
 const ROOT: &std::ffi::CStr = c"/newroot";
 
-/// Mounts the disks and makes the overlay the root. Returns the writable file system, if it lasts.
-pub fn enter(disks: &RootDisks) -> Result<Option<OwnedFd>, Failed> {
+/// Mounts the disks and makes the overlay the root.
+pub fn enter(disks: &RootDisks) -> Result<(), Failed> {
     image(&disks.image).stage(SetupStage::ImageDisk)?;
-    let disk = writable(disks.disk.as_deref()).stage(SetupStage::WritableDisk)?;
-    overlay().stage(SetupStage::Root)?;
-    Ok(disk)
+    writable(disks.disk.as_deref()).stage(SetupStage::WritableDisk)?;
+    overlay().stage(SetupStage::Root)
 }
 
 fn image(device: &str) -> Result<(), SetupError> {
     directory(LOWER, 0o755)?;
-    mount(device, LOWER, c"erofs", MountFlags::RDONLY, None).map_err(at(device))
+    mount(device, LOWER, c"erofs", MountFlags::RDONLY, None).map_err(at(&*format!("erofs on {device}")))
 }
 
-fn writable(device: Option<&str>) -> Result<Option<OwnedFd>, SetupError> {
+fn writable(device: Option<&str>) -> Result<(), SetupError> {
     directory(UPPER, 0o755)?;
-    let disk = match device {
+    match device {
         Some(device) => {
-            mount(device, UPPER, c"ext4", MountFlags::NODEV, None).map_err(at(device))?;
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            Some(open(UPPER, flags, Mode::empty()).map_err(at(UPPER))?)
+            let mounted = mount(device, UPPER, c"ext4", MountFlags::NODEV, None);
+            mounted.map_err(at(&*format!("ext4 on {device}")))?;
         }
         None => {
             mount(c"tmpfs", UPPER, c"tmpfs", MountFlags::empty(), c"mode=755").map_err(at(UPPER))?;
-            None
         }
-    };
+    }
     let upper = c"/disk/upper";
     match rustix::fs::mkdir(upper, Mode::from_raw_mode(0o755)) {
         Ok(()) => {
@@ -56,8 +50,7 @@ fn writable(device: Option<&str>) -> Result<Option<OwnedFd>, SetupError> {
         Err(Errno::EXIST) => {}
         Err(errno) => return Err(at(upper)(errno)),
     }
-    directory(c"/disk/work", 0o755)?;
-    Ok(disk)
+    directory(c"/disk/work", 0o755)
 }
 
 fn overlay() -> Result<(), SetupError> {

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::Transport;
 use crate::testing::{Buffer, Guest, Line, Ring, bring_up, read_register};
@@ -288,6 +290,24 @@ fn a_long_batch_does_not_keep_its_first_completions_to_the_end() {
 }
 
 #[test]
+fn a_kick_moves_a_bounded_amount_of_data() {
+    let mut rig = Rig::new(Options::default(), u64::MAX);
+    let mut guest = rig.guest.clone();
+    let header = guest.alloc_with(&[0; 16]);
+    let data = guest.alloc(32 << 10);
+    let status = guest.alloc(1);
+    for _ in 0..100 {
+        let buffers =
+            [Buffer::readable(header, 16), Buffer::writable(data, 32 << 10), Buffer::writable(status, 1)];
+        rig.ring.submit_indirect(&mut guest, &buffers);
+    }
+    assert_eq!(rig.kick(), Progress::More);
+    assert_eq!(std::iter::from_fn(|| rig.ring.completion()).count(), 64);
+    assert_eq!(rig.kick(), Progress::Idle);
+    assert_eq!(std::iter::from_fn(|| rig.ring.completion()).count(), 36);
+}
+
+#[test]
 fn a_batch_interrupts_once() {
     let mut rig = Rig::new(Options::default(), u64::MAX);
     reads(&mut rig, 5);
@@ -295,4 +315,53 @@ fn a_batch_interrupts_once() {
     assert_eq!(rig.kick(), Progress::Idle);
     assert_eq!(rig.guest.line.count(), 1);
     assert_eq!(rig.ring.available_event(), 5);
+}
+
+proptest! {
+    /// Random requests, many of them wrong, change exactly what a plain array of bytes would.
+    #[test]
+    fn a_disk_is_an_array_of_bytes(
+        requests in prop::collection::vec(
+            (prop::sample::select(vec![request::IN, request::OUT, request::WRITE_ZEROES]),
+             prop_oneof![8 => 0..SECTORS + 4, 1 => any::<u64>()],
+             prop_oneof![8 => (0usize..9).prop_map(|n| n * 512), 1 => 0usize..5000],
+             any::<u8>()),
+            1..40,
+        ),
+    ) {
+        let mut rig = Rig::new(Options::default(), u64::MAX);
+        let mut model = rig.disk.lock().unwrap().backend().data.clone();
+        for (kind, sector, len, fill) in requests {
+            let at = sector.checked_mul(512).and_then(|at| usize::try_from(at).ok());
+            let end = at.and_then(|at| at.checked_add(len)).filter(|end| *end <= model.len());
+            let place = match (at, end) {
+                (Some(at), Some(end)) if len % 512 == 0 => Some(at..end),
+                _ => None,
+            };
+            let count = u32::try_from(len / 512).unwrap();
+            let (status, expected) = match (kind, place) {
+                (request::WRITE_ZEROES, _) if len % 512 != 0 => continue,
+                (request::WRITE_ZEROES, place) => {
+                    let status = rig.request(kind, 0, &range(sector, count, 0), false).0;
+                    if let Some(place) = place.clone() {
+                        model[place].fill(0);
+                    }
+                    (status, place.is_some())
+                }
+                (_, place) => {
+                    let (status, _, data) = rig.request(kind, sector, &vec![fill; len], kind == request::IN);
+                    let place = place.filter(|_| len > 0);
+                    if let Some(place) = place.clone() {
+                        match kind {
+                            request::IN => prop_assert!(data == model[place]),
+                            _ => model[place].fill(fill),
+                        }
+                    }
+                    (status, place.is_some())
+                }
+            };
+            prop_assert_eq!(status == 0, expected, "{} {} {}", kind, sector, len);
+        }
+        prop_assert!(rig.disk.lock().unwrap().backend().data == model);
+    }
 }

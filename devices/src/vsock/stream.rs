@@ -163,10 +163,11 @@ impl Stream {
         if self.peer_shut & SHUT_WRITE != 0 {
             return None;
         }
+        let room = self.incoming.grow(n)?;
         if n > 0 && self.shut & SHUT_READ == 0 {
             self.news |= news::READABLE;
         }
-        self.incoming.grow(n)
+        Some(room)
     }
 
     /// After bytes were put there: a host that does not read drops them, and the guest gets its credit back.

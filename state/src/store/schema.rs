@@ -85,7 +85,8 @@ mod tests {
     /// The schema as SQLite remembers it.
     fn shape(connection: &Connection) -> Vec<String> {
         let mut statement = connection.prepare("SELECT sql FROM sqlite_schema ORDER BY name").unwrap();
-        let rows = statement.query_map([], |row| Ok(row.get::<_, Option<String>>(0)?.unwrap_or_default())).unwrap();
+        let rows =
+            statement.query_map([], |row| Ok(row.get::<_, Option<String>>(0)?.unwrap_or_default())).unwrap();
         rows.map(Result::unwrap).collect()
     }
 

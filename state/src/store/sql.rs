@@ -179,7 +179,12 @@ pub(super) fn history(connection: &Connection, id: i64, name: &SandboxName) -> R
 }
 
 /// Adds a run, and makes it the sandbox's current one.
-pub(super) fn insert_run(tx: &Connection, sandbox: i64, by: &ProcessIdentity, now: i64) -> Result<(), StoreError> {
+pub(super) fn insert_run(
+    tx: &Connection,
+    sandbox: i64,
+    by: &ProcessIdentity,
+    now: i64,
+) -> Result<(), StoreError> {
     tx.prepare_cached(
         "INSERT INTO runs (sandbox, launcher_pid, launcher_start, boot_id, started_at) VALUES (?1, ?2, ?3, ?4, ?5)",
     )?
@@ -190,8 +195,11 @@ pub(super) fn insert_run(tx: &Connection, sandbox: i64, by: &ProcessIdentity, no
 }
 
 pub(super) fn set_process(tx: &Connection, run: RunId, process: &ProcessIdentity) -> Result<(), StoreError> {
-    tx.prepare_cached("UPDATE runs SET pid = ?2, start_ticks = ?3 WHERE id = ?1")?
-        .execute(params![run.0, process.pid, process.start_ticks])?;
+    tx.prepare_cached("UPDATE runs SET pid = ?2, start_ticks = ?3 WHERE id = ?1")?.execute(params![
+        run.0,
+        process.pid,
+        process.start_ticks
+    ])?;
     Ok(())
 }
 
@@ -201,7 +209,8 @@ pub(super) fn set_kill_requested(tx: &Connection, run: RunId) -> Result<(), Stor
 }
 
 pub(super) fn end_run(tx: &Connection, run: RunId, at: i64, report: &str) -> Result<(), StoreError> {
-    tx.prepare_cached("UPDATE runs SET ended_at = ?2, exit = ?3 WHERE id = ?1")?.execute(params![run.0, at, report])?;
+    tx.prepare_cached("UPDATE runs SET ended_at = ?2, exit = ?3 WHERE id = ?1")?
+        .execute(params![run.0, at, report])?;
     Ok(())
 }
 
