@@ -1,0 +1,136 @@
+//! What a sandbox is made of, laid out as an installation: `bin/cubby-sandbox`, `lib/cubby/vmlinux` and
+//! `lib/cubby/cubby-agent`. In the checkout that is `target/assets`; `install` copies it to a prefix.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::kernel::{self, Kernel};
+use crate::{packages, process, progress, workspace};
+
+/// A file of the installation, where it goes, and what its mode is.
+struct File {
+    from: PathBuf,
+    to: &'static str,
+    mode: u32,
+}
+
+/// Builds everything into `target/assets` and returns that directory.
+pub fn build() -> Result<PathBuf> {
+    let files = [guest_agent()?, sandbox_process()?, guest_kernel()?];
+    let assets = workspace::target()?.join("assets");
+    for file in &files {
+        place(file, &assets)?;
+    }
+    Ok(assets)
+}
+
+/// Builds everything and puts it under `prefix`.
+pub fn install(prefix: &Path) -> Result<()> {
+    let mut files = vec![guest_agent()?, sandbox_process()?, guest_kernel()?];
+    if workspace::root()?.join("cli/Cargo.toml").exists() {
+        let from = static_binary("cubby-cli", "cubby", "release", "static")?;
+        files.push(File { from, to: "bin/cubby", mode: 0o755 });
+    }
+    for file in &files {
+        place(file, prefix)?;
+        progress::note(prefix.join(file.to).display().to_string());
+    }
+    Ok(())
+}
+
+/// The environment in which a program finds what was built.
+pub fn environment(assets: &Path) -> [(&'static str, PathBuf); 2] {
+    [("CUBBY_ASSETS", assets.join("lib/cubby")), ("CUBBY_RUNTIME", assets.join("bin/cubby-sandbox"))]
+}
+
+fn guest_agent() -> Result<File> {
+    let from = static_binary("cubby-agent", "cubby-agent", "agent", "agent")?;
+    Ok(File { from, to: "lib/cubby/cubby-agent", mode: 0o755 })
+}
+
+/// Static as well: a dynamic linker's work would be part of every create.
+fn sandbox_process() -> Result<File> {
+    let from = static_binary("cubby-runtime", "cubby-sandbox", "release", "static")?;
+    Ok(File { from, to: "bin/cubby-sandbox", mode: 0o755 })
+}
+
+fn guest_kernel() -> Result<File> {
+    Ok(File { from: kernel::ensure(Kernel::Guest)?, to: "lib/cubby/vmlinux", mode: 0o644 })
+}
+
+/// Builds one binary statically, in a target directory of its own: other flags in the common one would make cargo build
+/// everything again at each change between them. The target is named, so that the flags do not reach build scripts.
+fn static_binary(package: &str, binary: &str, profile: &str, directory: &str) -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    packages::ensure("building a static program", &[packages::LINKER])?;
+    let target = workspace::target()?.join(directory);
+    let mut cargo = workspace::cargo()?;
+    cargo
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            package,
+            "--bin",
+            binary,
+            "--profile",
+            profile,
+            "--target",
+            TARGET,
+        ])
+        .arg("--target-dir")
+        .arg(&target)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+    process::run(&mut cargo)?;
+    Ok(target.join(TARGET).join(profile).join(binary))
+}
+
+/// Puts a file in place whole: a program that starts meanwhile sees the old one or the new one. A file that is the same
+/// already is left alone, so that a running machine's page cache keeps it.
+fn place(file: &File, prefix: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let to = prefix.join(file.to);
+    let content = fs::read(&file.from).with_context(|| format!("cannot read {}", file.from.display()))?;
+    if fs::read(&to).is_ok_and(|old| old == content) {
+        return Ok(());
+    }
+    let dir = to.parent().context("a file without a directory")?;
+    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let new = dir.join(format!(".{}.new", std::process::id()));
+    let written = fs::write(&new, content)
+        .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(file.mode)))
+        .and_then(|()| fs::rename(&new, &to));
+    written
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+        .with_context(|| format!("cannot write {}", to.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_only_when_it_differs() {
+        let dir = std::env::temp_dir().join(format!("xtask-place-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let from = dir.join("from");
+        let file = File { from: from.clone(), to: "bin/tool", mode: 0o755 };
+        let inode = || fs::metadata(dir.join("bin/tool")).unwrap().ino();
+        fs::write(&from, "one").unwrap();
+        place(&file, &dir).unwrap();
+        let first = inode();
+        place(&file, &dir).unwrap();
+        assert_eq!(inode(), first);
+        fs::write(&from, "two").unwrap();
+        place(&file, &dir).unwrap();
+        assert_ne!(inode(), first);
+        assert_eq!(fs::read_to_string(dir.join("bin/tool")).unwrap(), "two");
+        assert_eq!(fs::metadata(dir.join("bin/tool")).unwrap().permissions().mode() & 0o777, 0o755);
+        assert_eq!(fs::read_dir(dir.join("bin")).unwrap().count(), 1);
+        fs::remove_dir_all(dir).unwrap();
+    }
+}
