@@ -66,7 +66,8 @@ fn transfer(
     let mut offset = offset;
     for group in segments.chunks(SEGMENTS) {
         for (iovec, segment) in iovecs.iter_mut().zip(group) {
-            *iovec = libc::iovec { iov_base: segment.ptr_guard_mut().as_ptr().cast(), iov_len: segment.len() };
+            *iovec =
+                libc::iovec { iov_base: segment.ptr_guard_mut().as_ptr().cast(), iov_len: segment.len() };
         }
         let mut rest = iovecs.get_mut(..group.len()).unwrap_or_default();
         while let Some(first) = rest.first() {
