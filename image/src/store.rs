@@ -41,7 +41,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct Image {
     /// The manifest's digest; for a `docker-archive:`, which has none, the configuration's.
     pub digest: Digest,
-    /// The file system, read-only EROFS: `docs/image.md` says what is in it.
+    /// The file system, read-only EROFS, which every Linux since 5.4 mounts.
     pub disk: PathBuf,
     /// How the image wants to be run.
     pub config: ImageConfig,

@@ -14,6 +14,8 @@ use crate::{
 pub(super) const ARENA: usize = 64 << 20;
 /// Bytes gathered before the disk is written.
 const BUFFER: usize = 1 << 20;
+/// Zeros from this many bytes on are left out of the file.
+const HOLE: usize = 64 << 10;
 /// How often, in bytes written, the free space is looked at.
 const CHECK: u64 = 64 << 20;
 
@@ -81,7 +83,7 @@ impl Disk {
             Ok(short) if matches!(self.current, Some(Extent::Inline(..))) => {
                 self.arena.resize(self.arena.len() + short, 0)
             }
-            Ok(short) if self.buffer.len() + short <= BUFFER => {
+            Ok(short) if short < HOLE && self.buffer.len() + short <= BUFFER => {
                 self.buffer.resize(self.buffer.len() + short, 0)
             }
             _ => {

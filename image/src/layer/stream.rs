@@ -21,7 +21,7 @@ const BUFFERS: usize = 8;
 /// Largest zstd window accepted, as a power of two: 128 MiB, what `zstd --long` makes.
 const ZSTD_WINDOW: u32 = 27;
 /// A layer may unpack this far before its ratio counts.
-const RATIO_FREE: u64 = 256 << 20;
+const RATIO_FREE: u64 = 64 << 20;
 
 /// Opens one layer's bytes; may wait until they are there.
 pub(crate) type Open<'a> = Box<dyn FnOnce() -> Result<Box<dyn Read + Send>, Error> + Send + 'a>;
@@ -110,7 +110,7 @@ impl Unpacker {
             Box::new(&mut stored)
         };
         let mut unpacked = 0_u64;
-        // What may come out before the ratio is looked at; checked again with the true number read below.
+        // A size that lies is found out when the layer is read.
         let size = layer.size.unwrap_or(u64::MAX / self.limits.max_ratio.max(1));
         let most = size.saturating_mul(self.limits.max_ratio).saturating_add(RATIO_FREE);
         loop {

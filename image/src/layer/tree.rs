@@ -174,10 +174,10 @@ impl Tree {
         let Some((parent, freed)) = self.existing(parents)? else {
             return Ok(());
         };
-        if parent.children.get_mut(*name).is_some_and(|node| !keep(node, layer, freed)) {
-            if let Some(node) = parent.children.remove(*name) {
-                discard(node, freed);
-            }
+        if parent.children.get_mut(*name).is_some_and(|node| !keep(node, layer, freed))
+            && let Some(node) = parent.children.remove(*name)
+        {
+            discard(node, freed);
         }
         Ok(())
     }
