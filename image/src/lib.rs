@@ -31,6 +31,7 @@ mod options;
 mod pull;
 mod reference;
 mod source;
+mod space;
 mod store;
 
 pub use config::ImageConfig;

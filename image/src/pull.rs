@@ -67,6 +67,7 @@ fn make(
     if let Some(image) = store.image(&digest)? {
         return Ok(image);
     }
+    store.sweep();
     let (plan, layers) = found.plan(context)?;
     let dir = store.workshop(&digest)?;
     let made = convert(store, &dir, &digest, &plan, &layers, options, stop);
@@ -99,7 +100,7 @@ fn convert(
         _ => None,
     };
     let (unpacker, stream) = stream::channel(&options.limits, Arc::clone(stop));
-    let disk = erofs::Disk::new(file, path.clone(), options.limits.min_free);
+    let disk = erofs::Disk::new(file, path.clone(), options.limits.min_free)?;
     let size = thread::scope(|scope| {
         // Threads that cannot be had end the pull, and what was started already ends with it.
         let named = |name: &str| thread::Builder::new().name(name.to_owned());

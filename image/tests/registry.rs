@@ -169,6 +169,33 @@ fn another_pull_goes_on_from_what_a_broken_one_left() {
 }
 
 #[test]
+fn answers_that_are_no_content_are_not_taken_for_it() {
+    let image = image();
+    let (digest, _) = largest(&image);
+    let content = image.clone();
+    let server = Server::registry(image, move |request, response| {
+        // The right bytes with the wrong status: a range that was not asked for, or an error.
+        let Some(blob) = content.blobs.get(request.path.rsplit('/').next().unwrap()) else { return response };
+        if request.path.ends_with(&digest) { Response::new(416, blob.clone()) } else { response }
+    });
+    let error = Bench::new().pull(&format!("{}/app", server.host), &PullOptions::default()).unwrap_err();
+    assert!(matches!(error, Error::Interrupted { got: 0, .. }), "{error}");
+}
+
+#[test]
+fn what_dead_pulls_left_is_swept_away() {
+    let bench = Bench::new();
+    let (left, part) = (bench.path("store/tmp/sha256-dead"), bench.path("store/blobs/sha256-old.part"));
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("disk.erofs"), "half").unwrap();
+    let week = std::time::Duration::from_secs(8 * 24 * 3600);
+    fs::File::create(&part).unwrap().set_modified(std::time::SystemTime::now() - week).unwrap();
+    fs::write(bench.path("store/blobs/sha256-new.part"), "may be gone on with").unwrap();
+    bench.convert(&layers(), Compression::Gzip, &PullOptions::default()).unwrap();
+    assert_eq!(bench.litter(), ["sha256-new.part"]);
+}
+
+#[test]
 fn a_blob_that_is_not_its_digest_is_refused() {
     let image = image();
     let (digest, _) = largest(&image);

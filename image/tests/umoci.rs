@@ -4,44 +4,17 @@
 #![allow(clippy::cast_possible_truncation)]
 mod support;
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, process::Command};
 
 use cubby_image::PullOptions;
 use support::{
     Bench, Compression,
     erofs::Erofs,
-    files::{self, Files},
-    fsck, run,
+    files::{self, Files, comparable},
+    fsck, is_root,
     tar::{self, archive, device, dir, fifo, file, hardlink, symlink},
+    umoci,
 };
-
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
-}
-
-/// What umoci makes of the layout's image `t`.
-fn unpack(layout: &Path, bundle: &Path) -> Files {
-    let image = format!("{}:t", layout.display());
-    let mut arguments = vec!["unpack", "--image", &image];
-    if !is_root() {
-        arguments.push("--rootless");
-    }
-    arguments.push(bundle.to_str().unwrap());
-    run("umoci", &arguments);
-    files::read(&bundle.join("rootfs"))
-}
-
-/// Takes out what an unprivileged unpacking cannot keep.
-fn comparable(mut files: Files) -> Files {
-    if !is_root() {
-        files.retain(|_, node| node.device == (0, 0));
-        for node in files.values_mut() {
-            (node.uid, node.gid) = (0, 0);
-            node.xattrs.retain(|name, _| name.starts_with(b"user.") && name != b"user.rootlesscontainers");
-        }
-    }
-    files
-}
 
 fn assert_like_umoci(layers: &[Vec<u8>]) -> Files {
     let bench = Bench::new();
@@ -52,7 +25,7 @@ fn assert_like_umoci(layers: &[Vec<u8>]) -> Files {
         let ours = Erofs::open(&image.disk).read();
         // Once is enough: the same layers give the same files.
         if how == Compression::Gzip {
-            let theirs = unpack(&bench.path("layout"), &bench.path("bundle"));
+            let theirs = umoci(&bench.path("layout"), &bench.path("bundle"));
             files::assert_same(&comparable(ours.clone()), &comparable(theirs));
         }
         match &first {

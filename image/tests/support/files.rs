@@ -111,3 +111,15 @@ pub fn assert_same(ours: &Files, theirs: &Files) {
         assert!(ours.contains_key(path), "{} is in theirs only", lossy(path));
     }
 }
+
+/// Takes out what an unprivileged umoci cannot keep: owners, device nodes and most extended attributes.
+pub fn comparable(mut files: Files) -> Files {
+    if !super::is_root() {
+        files.retain(|path, node| node.device == (0, 0) && !path.starts_with(b"/dev/"));
+        for node in files.values_mut() {
+            (node.uid, node.gid) = (0, 0);
+            node.xattrs.retain(|name, _| name.starts_with(b"user.") && name != b"user.rootlesscontainers");
+        }
+    }
+    files
+}

@@ -161,3 +161,19 @@ pub fn fsck(image: &Image) {
     let text = run("fsck.erofs", &["--extract", image.disk.to_str().unwrap()]);
     assert!(!text.contains("<E>") && !text.contains("<W>"), "{text}");
 }
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// What umoci makes of the layout's image `t`.
+pub fn umoci(layout: &Path, bundle: &Path) -> files::Files {
+    let image = format!("{}:t", layout.display());
+    let mut arguments = vec!["unpack", "--image", &image];
+    if !is_root() {
+        arguments.push("--rootless");
+    }
+    arguments.push(bundle.to_str().unwrap());
+    run("umoci", &arguments);
+    files::read(&bundle.join("rootfs"))
+}
