@@ -146,7 +146,8 @@ fn input<'a>(
     stream::Layer {
         digest: layer.digest.clone(),
         size: layer.size,
-        verify: downloads.is_none(),
+        // A plain layer's content is checked once it is unpacked; that is the same bytes.
+        verify: downloads.is_none() && layer.diff_id.as_ref() != Some(&layer.digest),
         open: Box::new(open),
     }
 }
