@@ -42,6 +42,8 @@ fn all_kinds() -> Vec<u8> {
     let mut items = vec![
         dir("./").mode(0o751).time(1_500_000_000, 123_456_789),
         dir("d").mode(0o1777).owner(1000, 1000),
+        file("d/!sorts-before-dot", ""),
+        file("d/-so-does-this", "x"),
         file("d/setuid", "x").mode(0o4755).owner(1, 2),
         file("empty", ""),
         file("d/nanos", "n").time(1_700_000_000, 999_999_999),
