@@ -142,7 +142,7 @@ fn run(task: Task) -> Result<ExitCode> {
             return Ok(ExitCode::from(kvm::run(&options, &command)?));
         }
         Task::Image => println!("{}", images::PythonImage::ensure()?.dir().display()),
-        Task::Assets => println!("{}", assets::build()?.display()),
+        Task::Assets => println!("{}", assets::build(assets::Cargo::Shows)?.display()),
         Task::Install { prefix } => assets::install(&prefix)?,
         Task::Demo { image, command } => return Ok(ExitCode::from(demo::run(image, command)?)),
         Task::Test => test::run()?,

@@ -17,7 +17,7 @@ pub const MODE: &str = "CUBBY_KVM_MODE";
 /// Runs a binary that cargo has built for the package `CARGO_PKG_NAME`, and returns its exit status.
 pub fn run(program: &[OsString]) -> Result<u8> {
     let package = std::env::var("CARGO_PKG_NAME").unwrap_or_default();
-    let assets = assets::build()?;
+    let assets = assets::build(assets::Cargo::IsQuiet)?;
     // The VMM knows no images.
     let image = if package == "cubby-vmm" { None } else { Some(PythonImage::ensure()?) };
     let around = Around {
