@@ -12,10 +12,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::assets;
 use crate::images::PythonImage;
 use crate::process::{self, command};
 use crate::registry::Registry;
+use crate::{assets, workspace};
 
 /// An argument that stands for the Python image in the registry, whose port is not known before.
 pub const PYTHON: &str = "{python}";
@@ -33,7 +33,7 @@ pub struct Around<'a> {
 impl Around<'_> {
     /// The command that runs `program` so, here or on the KVM test machine.
     pub fn command(&self, program: &[OsString]) -> Result<Vec<OsString>> {
-        let mut command: Vec<OsString> = vec![std::env::current_exe()?.into(), "within".into()];
+        let mut command: Vec<OsString> = vec![workspace::program()?.into(), "within".into()];
         command.extend(["--assets".into(), self.assets.into()]);
         if let Some(image) = self.image {
             command.extend(["--image".into(), image.into()]);
