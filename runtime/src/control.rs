@@ -10,7 +10,7 @@ use serde::Serialize;
 #[derive(Debug)]
 pub(crate) enum Said {
     /// Sessions may be opened.
-    Ready(GuestReady),
+    Ready,
     /// The guest cannot be set up.
     SetupFailed(SetupFailed),
     /// Disks are synced and the power-off mark follows.
@@ -94,7 +94,7 @@ impl Control {
                 continue;
             }
             return Ok(Some(match kind {
-                Kind::Ready => Said::Ready(decode(payload)?),
+                Kind::Ready => decode::<GuestReady>(payload).map(|_| Said::Ready)?,
                 Kind::SetupFailed => Said::SetupFailed(decode(payload)?),
                 Kind::PoweringOff => Said::PoweringOff,
                 kind => {

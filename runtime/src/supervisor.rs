@@ -326,7 +326,7 @@ impl Supervisor<'_> {
         loop {
             match self.control.next(vsock) {
                 Ok(None) => return,
-                Ok(Some(Said::Ready(_))) => self.on_ready(vsock),
+                Ok(Some(Said::Ready)) => self.on_ready(vsock),
                 Ok(Some(Said::PoweringOff)) => self.announced = true,
                 Ok(Some(Said::SetupFailed(failed))) => {
                     self.boot_failed(failed.stage.name(), &failed.message);

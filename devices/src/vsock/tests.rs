@@ -301,6 +301,26 @@ fn half_closes_keep_the_other_half() {
 }
 
 #[test]
+fn ports_are_free_once_a_stream_is_over_though_its_bytes_are_unread() {
+    let mut peer = Peer::new(8, 4096);
+    peer.host().listen(Port(1024));
+    peer.send(&from_guest(50, 1024, op::REQUEST), &[]);
+    peer.send(&with_data(from_guest(50, 1024, 0), op::RW, b"old"), b"old");
+    peer.send(&Header { flags: 3, ..from_guest(50, 1024, op::SHUTDOWN) }, &[]);
+    peer.send(&from_guest(50, 1024, op::REQUEST), &[]);
+    peer.send(&with_data(from_guest(50, 1024, 0), op::RW, b"new"), b"new");
+    let ops: Vec<_> = peer.packets().iter().map(|p| p.0.op).collect();
+    assert_eq!(ops, [op::RESPONSE, op::RST, op::RESPONSE]);
+    let mut accepted: Vec<_> = peer.events();
+    accepted.retain(|event| matches!(event, VsockEvent::Accepted { .. }));
+    let [VsockEvent::Accepted { id: a, .. }, VsockEvent::Accepted { id: b, .. }] = accepted[..] else {
+        panic!("{accepted:?}")
+    };
+    let host = peer.host();
+    assert_eq!((host.received(a), host.received(b)), (&b"old"[..], &b"new"[..]));
+}
+
+#[test]
 fn an_end_of_file_overtakes_no_data() {
     let mut peer = Peer::new(8, 4096);
     let (id, header) = peer.connected(2);
