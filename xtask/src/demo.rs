@@ -33,8 +33,12 @@ pub fn run(image: Option<String>, command: Vec<OsString>) -> Result<u8> {
         demo.push("--".into());
         demo.extend(command);
     }
-    let around =
-        Around { assets: &assets, image: python.as_ref().map(PythonImage::dir), registry: python.is_some() };
+    let around = Around {
+        assets: &assets,
+        image: python.as_ref().map(PythonImage::dir),
+        registry: python.is_some(),
+        in_memory: false,
+    };
     let options = kvm::Options::new(kvm::Mode::Normal);
     if !kvm::works() {
         step("KVM test machine (this computer's KVM cannot run guests)", || {

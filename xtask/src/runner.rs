@@ -24,6 +24,7 @@ pub fn run(program: &[OsString]) -> Result<u8> {
         assets: &assets,
         image: image.as_ref().map(PythonImage::dir),
         registry: package == "cubby-tests",
+        in_memory: package == "cubby-benches" || mode() == kvm::Mode::Icount,
     };
     let binary = program.first().context("no program was given")?;
     // Cargo's own are in the target directory; rustdoc's are in a temporary one.
