@@ -83,18 +83,7 @@ fn static_binary(
     let target = workspace::target()?.join(directory);
     let mut cargo = workspace::cargo()?;
     cargo
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            package,
-            "--bin",
-            binary,
-            "--profile",
-            profile,
-            "--target",
-            TARGET,
-        ])
+        .args(["build", "--package", package, "--bin", binary, "--profile", profile, "--target", TARGET])
         .arg("--target-dir")
         .arg(&target)
         .env("RUSTFLAGS", "-C target-feature=+crt-static");
