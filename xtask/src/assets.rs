@@ -16,9 +16,18 @@ struct File {
     mode: u32,
 }
 
+/// Whether cargo shows what it does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Cargo {
+    /// As always.
+    Shows,
+    /// Only what went wrong.
+    IsQuiet,
+}
+
 /// Builds everything into `target/assets` and returns that directory.
-pub fn build() -> Result<PathBuf> {
-    let files = [guest_agent()?, sandbox_process()?, guest_kernel()?];
+pub fn build(cargo: Cargo) -> Result<PathBuf> {
+    let files = [guest_agent(cargo)?, sandbox_process(cargo)?, guest_kernel()?];
     let assets = workspace::target()?.join("assets");
     for file in &files {
         place(file, &assets)?;
@@ -28,9 +37,9 @@ pub fn build() -> Result<PathBuf> {
 
 /// Builds everything and puts it under `prefix`.
 pub fn install(prefix: &Path) -> Result<()> {
-    let mut files = vec![guest_agent()?, sandbox_process()?, guest_kernel()?];
+    let mut files = vec![guest_agent(Cargo::Shows)?, sandbox_process(Cargo::Shows)?, guest_kernel()?];
     if workspace::root()?.join("cli/Cargo.toml").exists() {
-        let from = static_binary("cubby-cli", "cubby", "release", "static")?;
+        let from = static_binary("cubby-cli", "cubby", "release", "static", Cargo::Shows)?;
         files.push(File { from, to: "bin/cubby", mode: 0o755 });
     }
     for file in &files {
@@ -45,14 +54,14 @@ pub fn environment(assets: &Path) -> [(&'static str, PathBuf); 2] {
     [("CUBBY_ASSETS", assets.join("lib/cubby")), ("CUBBY_RUNTIME", assets.join("bin/cubby-sandbox"))]
 }
 
-fn guest_agent() -> Result<File> {
-    let from = static_binary("cubby-agent", "cubby-agent", "agent", "agent")?;
+fn guest_agent(cargo: Cargo) -> Result<File> {
+    let from = static_binary("cubby-agent", "cubby-agent", "agent", "agent", cargo)?;
     Ok(File { from, to: "lib/cubby/cubby-agent", mode: 0o755 })
 }
 
 /// Static as well: a dynamic linker's work would be part of every create.
-fn sandbox_process() -> Result<File> {
-    let from = static_binary("cubby-runtime", "cubby-sandbox", "release", "static")?;
+fn sandbox_process(cargo: Cargo) -> Result<File> {
+    let from = static_binary("cubby-runtime", "cubby-sandbox", "release", "static", cargo)?;
     Ok(File { from, to: "bin/cubby-sandbox", mode: 0o755 })
 }
 
@@ -62,27 +71,25 @@ fn guest_kernel() -> Result<File> {
 
 /// Builds one binary statically, in a target directory of its own: other flags in the common one would make cargo build
 /// everything again at each change between them. The target is named, so that the flags do not reach build scripts.
-fn static_binary(package: &str, binary: &str, profile: &str, directory: &str) -> Result<PathBuf> {
+fn static_binary(
+    package: &str,
+    binary: &str,
+    profile: &str,
+    directory: &str,
+    output: Cargo,
+) -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     packages::ensure("building a static program", &[packages::LINKER])?;
     let target = workspace::target()?.join(directory);
     let mut cargo = workspace::cargo()?;
     cargo
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            package,
-            "--bin",
-            binary,
-            "--profile",
-            profile,
-            "--target",
-            TARGET,
-        ])
+        .args(["build", "--package", package, "--bin", binary, "--profile", profile, "--target", TARGET])
         .arg("--target-dir")
         .arg(&target)
         .env("RUSTFLAGS", "-C target-feature=+crt-static");
+    if output == Cargo::IsQuiet {
+        cargo.arg("--quiet");
+    }
     process::run(&mut cargo)?;
     Ok(target.join(TARGET).join(profile).join(binary))
 }

@@ -106,6 +106,8 @@ enum Task {
         image: Option<PathBuf>,
         #[arg(long)]
         registry: bool,
+        #[arg(long)]
+        in_memory: bool,
         #[arg(last = true, required = true)]
         program: Vec<OsString>,
     },
@@ -142,7 +144,7 @@ fn run(task: Task) -> Result<ExitCode> {
             return Ok(ExitCode::from(kvm::run(&options, &command)?));
         }
         Task::Image => println!("{}", images::PythonImage::ensure()?.dir().display()),
-        Task::Assets => println!("{}", assets::build()?.display()),
+        Task::Assets => println!("{}", assets::build(assets::Cargo::Shows)?.display()),
         Task::Install { prefix } => assets::install(&prefix)?,
         Task::Demo { image, command } => return Ok(ExitCode::from(demo::run(image, command)?)),
         Task::Test => test::run()?,
@@ -155,8 +157,8 @@ fn run(task: Task) -> Result<ExitCode> {
             return Ok(ExitCode::from(process::code(process::status(&mut cargo)?)));
         }
         Task::Runner { program } => return Ok(ExitCode::from(runner::run(&program)?)),
-        Task::Within { assets, image, registry, program } => {
-            let around = within::Around { assets: &assets, image: image.as_deref(), registry };
+        Task::Within { assets, image, registry, in_memory, program } => {
+            let around = within::Around { assets: &assets, image: image.as_deref(), registry, in_memory };
             return Ok(ExitCode::from(around.run(&program)?));
         }
         Task::KvmServer => kvm::serve()?,

@@ -17,13 +17,14 @@ pub const MODE: &str = "CUBBY_KVM_MODE";
 /// Runs a binary that cargo has built for the package `CARGO_PKG_NAME`, and returns its exit status.
 pub fn run(program: &[OsString]) -> Result<u8> {
     let package = std::env::var("CARGO_PKG_NAME").unwrap_or_default();
-    let assets = assets::build()?;
+    let assets = assets::build(assets::Cargo::IsQuiet)?;
     // The VMM knows no images.
     let image = if package == "cubby-vmm" { None } else { Some(PythonImage::ensure()?) };
     let around = Around {
         assets: &assets,
         image: image.as_ref().map(PythonImage::dir),
         registry: package == "cubby-tests",
+        in_memory: package == "cubby-benches" || mode() == kvm::Mode::Icount,
     };
     let binary = program.first().context("no program was given")?;
     // Cargo's own are in the target directory; rustdoc's are in a temporary one.

@@ -12,10 +12,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::assets;
 use crate::images::PythonImage;
 use crate::process::{self, command};
 use crate::registry::Registry;
+use crate::{assets, workspace};
 
 /// An argument that stands for the Python image in the registry, whose port is not known before.
 pub const PYTHON: &str = "{python}";
@@ -28,18 +28,24 @@ pub struct Around<'a> {
     pub image: Option<&'a Path>,
     /// Whether to serve it.
     pub registry: bool,
+    /// Whether the program and the assets are copied to memory first. For measuring: a look at a file of the KVM test
+    /// machine's host is a wait, and a wait lets the instruction clock jump.
+    pub in_memory: bool,
 }
 
 impl Around<'_> {
     /// The command that runs `program` so, here or on the KVM test machine.
     pub fn command(&self, program: &[OsString]) -> Result<Vec<OsString>> {
-        let mut command: Vec<OsString> = vec![std::env::current_exe()?.into(), "within".into()];
+        let mut command: Vec<OsString> = vec![workspace::program()?.into(), "within".into()];
         command.extend(["--assets".into(), self.assets.into()]);
         if let Some(image) = self.image {
             command.extend(["--image".into(), image.into()]);
         }
         if self.registry {
             command.push("--registry".into());
+        }
+        if self.in_memory {
+            command.push("--in-memory".into());
         }
         command.push("--".into());
         command.extend_from_slice(program);
@@ -50,8 +56,13 @@ impl Around<'_> {
     pub fn run(&self, program: &[OsString]) -> Result<u8> {
         let (name, arguments) = program.split_first().context("no program was given")?;
         let memory = Memory::new()?;
+        let (mut name, mut assets) = (PathBuf::from(name), self.assets.to_owned());
+        if self.in_memory {
+            name = memory.copy(&name, "program")?;
+            assets = memory.copy(&assets, "assets")?;
+        }
         let mut command = Command::new(name);
-        command.env("CUBBY_HOME", memory.0.join("home")).envs(assets::environment(self.assets));
+        command.env("CUBBY_HOME", memory.0.join("home")).envs(assets::environment(&assets));
         let image = self.image.map(PythonImage::at);
         let (mut registry, mut reference) = (None, None);
         if let Some(image) = &image {
@@ -75,9 +86,7 @@ impl Around<'_> {
 
 /// A registry on a copy, so that a test may push to it.
 fn served(image: &PythonImage, memory: &Memory) -> Result<Registry> {
-    let storage = memory.0.join("registry");
-    process::run_quietly(command("cp", ["--recursive"]).arg(image.storage()).arg(&storage))?;
-    Registry::start(&storage)
+    Registry::start(&memory.copy(&image.storage(), "registry")?)
 }
 
 /// A directory in memory that goes when this does.
@@ -91,6 +100,13 @@ impl Memory {
         let dir = base.join(format!("{PREFIX}{}", std::process::id()));
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         Ok(Self(dir))
+    }
+
+    /// A copy of a file or directory.
+    fn copy(&self, from: &Path, name: &str) -> Result<PathBuf> {
+        let to = self.0.join(name);
+        process::run_quietly(command("cp", ["--recursive"]).arg(from).arg(&to))?;
+        Ok(to)
     }
 }
 

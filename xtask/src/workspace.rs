@@ -30,3 +30,10 @@ pub fn cargo() -> Result<Command> {
     cargo.current_dir(root()?);
     Ok(cargo)
 }
+
+/// This program. While it runs cargo may have built it anew; then it is the new one.
+pub fn program() -> Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let replaced = program.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map(PathBuf::from);
+    Ok(replaced.unwrap_or(program))
+}

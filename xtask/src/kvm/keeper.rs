@@ -17,7 +17,7 @@ use super::initramfs;
 use super::machine::Mode;
 use super::qemu::Machine;
 use super::wire::TOKEN_SIZE;
-use crate::process;
+use crate::{process, workspace};
 
 /// An idle machine ends after this.
 const IDLE: Duration = Duration::from_secs(600);
@@ -39,7 +39,7 @@ pub fn keep(mode: Mode, once: bool, kernel: &Path, dir: &Path) -> Result<()> {
     // The machine loads this program at every boot: without its debug sections it is a quarter of the size.
     let program = dir.join("xtask");
     let mut strip = process::command("objcopy", ["--strip-all"]);
-    process::run(strip.arg(std::env::current_exe()?).arg(&program))?;
+    process::run(strip.arg(workspace::program()?).arg(&program))?;
     fs::write(dir.join("initramfs"), initramfs::archive(&program, &token)?)?;
     // Taken from the system and given back: QEMU takes it next.
     let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();

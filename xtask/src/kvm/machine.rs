@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use super::initramfs;
 use crate::cache::{self, Key};
 use crate::progress::{self, Ticker};
-use crate::{kernel, packages, process};
+use crate::{kernel, packages, process, workspace};
 
 /// How the machine's processors run.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,7 +44,7 @@ const BOOT: Duration = Duration::from_secs(120);
 pub fn connect(mode: Mode, fresh: bool) -> Result<UnixStream> {
     packages::ensure("the KVM test machine", &[packages::MACHINE])?;
     let kernel = kernel::ensure(kernel::Kernel::TestHost)?;
-    let program = std::env::current_exe()?;
+    let program = workspace::program()?;
     let key = Key::default()
         .with(mode.name())
         .with(initramfs::INIT)
