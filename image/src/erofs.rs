@@ -14,6 +14,7 @@ mod data;
 mod dir;
 mod inode;
 mod layout;
+mod writeback;
 
 pub(crate) use data::Disk;
 pub(crate) use inode::{holds_device, holds_xattr, holds_xattrs};

@@ -32,11 +32,12 @@ mod options;
 mod pull;
 mod reference;
 mod source;
+mod space;
 mod store;
 
 pub use config::ImageConfig;
 pub use digest::{Digest, InvalidDigest};
 pub use error::Error;
-pub use options::{Credentials, Limits, Platform, Progress, PullOptions, PullPolicy};
+pub use options::{Credentials, Limits, Platform, Progress, ProgressSink, PullOptions, PullPolicy};
 pub use reference::Reference;
 pub use store::{Image, Store};

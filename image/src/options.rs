@@ -66,7 +66,7 @@ pub struct Limits {
     pub max_layer: u64,
     /// Bytes of all layers unpacked. Default 64 GiB.
     pub max_unpacked: u64,
-    /// How many times larger than its download a layer may unpack, counted beyond its first 256 MiB; it is what
+    /// How many times larger than its download a layer may unpack, counted beyond its first 64 MiB; it is what
     /// stops a decompression bomb. Default 100; real layers stay below 20.
     pub max_ratio: u64,
     /// Files, directories and other entries of all layers. Default 2,000,000 (about 300 bytes of memory each).
@@ -128,7 +128,8 @@ pub enum Progress {
     Done,
 }
 
-type Sink = Arc<dyn Fn(Progress) + Send + Sync>;
+/// Who hears of a pull's progress; called from the pull's own threads, it should be quick.
+pub type ProgressSink = Arc<dyn Fn(Progress) + Send + Sync>;
 
 /// How to pull.
 #[derive(Clone, Default)]
@@ -153,19 +154,20 @@ pub struct PullOptions {
     pub allow_absolute_paths: bool,
     /// How large the image may be.
     pub limits: Limits,
-    sink: Option<Sink>,
+    /// Who hears of progress; see [`Self::on_progress`].
+    pub progress: Option<ProgressSink>,
 }
 
 impl PullOptions {
     /// Calls `sink` on what happens, from the pull's own threads; it should be quick.
     #[must_use]
     pub fn on_progress(mut self, sink: impl Fn(Progress) + Send + Sync + 'static) -> Self {
-        self.sink = Some(Arc::new(sink));
+        self.progress = Some(Arc::new(sink));
         self
     }
 
     pub(crate) fn report(&self, progress: Progress) {
-        if let Some(sink) = &self.sink {
+        if let Some(sink) = &self.progress {
             sink(progress);
         }
     }

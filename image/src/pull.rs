@@ -2,8 +2,11 @@
 //! and convert them as they come, in order.
 //!
 //! ```text
-//!  download ×4 ──file──→ read, check, decompress ──pieces──→ parse, hash, merge, write ──→ disk.erofs
+//!  download ×4 ──file──→ read, decompress ──pieces──→ parse, hash, merge, write ──→ disk.erofs
 //! ```
+//!
+//! Nothing is published before all of it was checked: downloads as they come, local layers beside the
+//! conversion, and every layer's content again against the image's configuration.
 use std::{
     fs::File,
     io::Read,
@@ -67,6 +70,7 @@ fn make(
     if let Some(image) = store.image(&digest)? {
         return Ok(image);
     }
+    store.sweep();
     let (plan, layers) = found.plan(context)?;
     let dir = store.workshop(&digest)?;
     let made = convert(store, &dir, &digest, &plan, &layers, options, stop);
@@ -99,7 +103,7 @@ fn convert(
         _ => None,
     };
     let (unpacker, stream) = stream::channel(&options.limits, Arc::clone(stop));
-    let disk = erofs::Disk::new(file, path.clone(), options.limits.min_free);
+    let disk = erofs::Disk::new(file, path.clone(), options.limits.min_free)?;
     let size = thread::scope(|scope| {
         // Threads that cannot be had end the pull, and what was started already ends with it.
         let named = |name: &str| thread::Builder::new().name(name.to_owned());
@@ -120,8 +124,14 @@ fn convert(
         started
             .map_err(Error::io("start a thread for", &path))
             .inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+        let verifier = named("image-verify").spawn_scoped(scope, || verify(plan, layers, stop));
+        let verifier = verifier
+            .map_err(Error::io("start a thread for", &path))
+            .inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
         // Whatever went wrong here, the others have nothing left to do.
-        apply(stream, disk, digest, plan, options).inspect_err(|_| stop.store(true, Ordering::Relaxed))
+        let size = apply(stream, disk, digest, plan, options)
+            .inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+        verifier.join().unwrap_or(Err(Error::Cancelled)).map(|()| size)
     })?;
     if let Some(downloads) = downloads.filter(|_| !options.keep_blobs) {
         downloads.remove();
@@ -129,7 +139,31 @@ fn convert(
     Ok(size)
 }
 
-/// A layer for the unpacker. Downloads are checked as they come, so that they need not be again.
+/// Checks the layers that are on this machine already; downloads are checked as they come. A plain layer is
+/// checked once it is unpacked: that is the same bytes.
+fn verify(plan: &Plan, layers: &Layers, stop: &AtomicBool) -> Result<(), Error> {
+    let mut buffer = vec![0; 256 << 10];
+    for (at, layer) in plan.layers.iter().enumerate() {
+        if layer.diff_id.as_ref() == Some(&layer.digest) {
+            continue;
+        }
+        let Some(section) = layers.open(at, layer) else { return Ok(()) };
+        let (mut section, mut hasher) = (section?, layer.digest.hasher());
+        loop {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            match section.read(&mut buffer).map_err(Error::io("read", "a layer"))? {
+                0 => break,
+                length => hasher.update(buffer.get(..length).unwrap_or_default()),
+            }
+        }
+        layer.digest.verify_hash(hasher, "a layer")?;
+    }
+    Ok(())
+}
+
+/// A layer for the unpacker.
 fn input<'a>(
     at: usize,
     layer: &'a LayerInfo,
@@ -142,12 +176,7 @@ fn input<'a>(
         (None, Some(downloads)) => downloads.wait(&layer.digest).map(boxed),
         (None, None) => Err(Error::Cancelled),
     };
-    stream::Layer {
-        digest: layer.digest.clone(),
-        size: layer.size,
-        verify: downloads.is_none(),
-        open: Box::new(open),
-    }
+    stream::Layer { digest: layer.digest.clone(), size: layer.size, open: Box::new(open) }
 }
 
 fn apply(

@@ -32,6 +32,8 @@ use crate::{Digest, Error, ImageConfig, Platform, PullOptions, PullPolicy, Refer
 
 const DISK: &str = "disk.erofs";
 const DESCRIPTION: &str = "image.json";
+/// A download that nobody has gone on with for this long is not waited for any more.
+const ABANDONED: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How often a lock that another holds is tried.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -41,7 +43,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct Image {
     /// The manifest's digest; for a `docker-archive:`, which has none, the configuration's.
     pub digest: Digest,
-    /// The file system, read-only EROFS: `docs/image.md` says what is in it.
+    /// The file system, read-only EROFS, which every Linux since 5.4 mounts.
     pub disk: PathBuf,
     /// How the image wants to be run.
     pub config: ImageConfig,
@@ -169,7 +171,7 @@ impl Store {
         let grave =
             self.root.join("tmp").join(format!("removed-{}-{}", digest.file_name(), std::process::id()));
         match fs::rename(&dir, &grave) {
-            Ok(()) => fs::remove_dir_all(&grave).map_err(Error::io("remove", &grave)).map(|()| true),
+            Ok(()) => remove_dir(&grave).map(|()| true),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(Error::io("remove", &dir)(e)),
         }
@@ -223,12 +225,35 @@ impl Store {
     /// A directory to make the image in, emptied of what a dead pull left. The image's lock must be held.
     pub(crate) fn workshop(&self, digest: &Digest) -> Result<PathBuf, Error> {
         let dir = self.root.join("tmp").join(digest.file_name());
-        match fs::remove_dir_all(&dir) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", &dir)(e)),
-            _ => {}
-        }
+        remove_dir(&dir)?;
         fs::create_dir(&dir).map_err(Error::io("create", &dir))?;
         Ok(dir)
+    }
+
+    /// Removes what pulls that died left and nobody asked for again: images half made, and parts of layers
+    /// that have waited for a week. What cannot be removed is left to the next time.
+    pub(crate) fn sweep(&self) {
+        let list = |dir: &str| fs::read_dir(self.root.join(dir)).into_iter().flatten().flatten();
+        for entry in list("tmp") {
+            let lock = File::open(self.root.join("locks").join(entry.file_name()));
+            // Held until the directory is gone, so that nobody begins to use it.
+            if lock.as_ref().is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock))) {
+                continue;
+            }
+            let _ = fs::remove_dir_all(entry.path());
+        }
+        for entry in list("blobs") {
+            let age = entry
+                .metadata()
+                .and_then(|metadata| metadata.modified())
+                .ok()
+                .and_then(|at| at.elapsed().ok());
+            if entry.path().extension().is_some_and(|extension| extension == "part")
+                && age.is_some_and(|age| age > ABANDONED)
+            {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 
     /// Where the disk is made in a workshop.
@@ -374,6 +399,13 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
 
 fn remove_file(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+fn remove_dir(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(e)),
         _ => Ok(()),
     }

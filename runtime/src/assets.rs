@@ -36,8 +36,7 @@ pub(crate) fn find(home_lib: &Path) -> Result<Assets, Missing> {
     for place in &places {
         // `lib/cubby` of an installation, or the installation itself.
         for directory in [place.clone(), place.join("lib/cubby")] {
-            let assets =
-                Assets { kernel: directory.join("vmlinux"), agent: directory.join("cubby-agent") };
+            let assets = Assets { kernel: directory.join("vmlinux"), agent: directory.join("cubby-agent") };
             if assets.kernel.is_file() && assets.agent.is_file() {
                 return Ok(assets);
             }

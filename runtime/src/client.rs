@@ -142,7 +142,12 @@ impl Client {
     }
 
     /// Moves all that can be moved in both directions. Calls of the client are added to `calls`.
-    pub(crate) fn pump(&mut self, vsock: &mut Vsock, gate: &Gate, calls: &mut Vec<Call>) -> Result<bool, Gone> {
+    pub(crate) fn pump(
+        &mut self,
+        vsock: &mut Vsock,
+        gate: &Gate,
+        calls: &mut Vec<Call>,
+    ) -> Result<bool, Gone> {
         if !self.closing {
             self.application_to_guest(vsock, gate, calls)?;
         }

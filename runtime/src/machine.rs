@@ -9,7 +9,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use cubby_protocol::MARK_IO_PORT;
 use cubby_protocol::message::{GuestConfig, Mark, RootDisks};
 use cubby_state::{LaunchSpec, SandboxConfig};
-use cubby_vmm::{Disk, DiskCache, Flow, Marks, VmConfig, initramfs};
+use cubby_vmm::{Disk, DiskCache, Flow, Initramfs, Marks, VmConfig};
 
 use crate::assets::Assets;
 
@@ -21,7 +21,7 @@ const GUEST_CID: u32 = 3;
 /// processor's word at boot and the host's entropy from the agent.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 random.trust_cpu=on \
                        cryptomgr.notests rcupdate.rcu_expedited=1 no_timer_check noreplace-smp \
-                       8250.nr_uarts=1 rdinit=/init";
+                       8250.nr_uarts=1 percpu_alloc=page rdinit=/init";
 
 /// When the guest came how far, as its marks say.
 #[derive(Clone, Default)]
@@ -43,8 +43,8 @@ impl Marked {
 
 /// The VM that `spec` describes.
 pub(crate) fn config(spec: &LaunchSpec, assets: &Assets, marked: Marked) -> Result<VmConfig, String> {
-    let read_agent =
-        std::fs::read(&assets.agent).map_err(|error| format!("{}: {error}", assets.agent.display()))?;
+    let initramfs = Initramfs::with_init(&assets.agent)
+        .map_err(|error| format!("{}: {error}", assets.agent.display()))?;
     let disks = vec![disk(&spec.image_disk, true)?, disk(&spec.writable_disk, false)?];
     let on_mark = Box::new(move |byte| {
         let Ok(mark) = Mark::try_from(byte) else { return Flow::Continue };
@@ -55,7 +55,7 @@ pub(crate) fn config(spec: &LaunchSpec, assets: &Assets, marked: Marked) -> Resu
         vcpus: spec.config.cpus,
         memory_mib: spec.config.memory_mib,
         kernel: assets.kernel.clone(),
-        initramfs: initramfs::with_init(&read_agent),
+        initramfs: Some(initramfs),
         cmdline: CMDLINE.into(),
         disks,
         vsock_cid: Some(GUEST_CID),
@@ -87,10 +87,7 @@ pub(crate) fn guest_config(spec: &LaunchSpec) -> io::Result<GuestConfig> {
         workdir: config.workdir.clone().or_else(|| image.workdir.clone()).unwrap_or_default(),
         user: config.user.clone().or_else(|| image.user.clone()).unwrap_or_default(),
         nameservers: Vec::new(),
-        root: RootDisks {
-            image: "/dev/vda".into(),
-            disk: Some("/dev/vdb".into()),
-        },
+        root: RootDisks { image: "/dev/vda".into(), disk: Some("/dev/vdb".into()) },
     })
 }
 

@@ -87,12 +87,13 @@ fn carry(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) 
 
 fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -> Result<(), Failure> {
     let assets = assets::find(&spec.home.lib()).map_err(|missing| Failure {
-        remedy: Some("install them with `cargo xtask install` or name their directory with CUBBY_ASSETS".into()),
+        remedy: Some(
+            "install them with `cargo xtask install` or name their directory with CUBBY_ASSETS".into(),
+        ),
         ..Failure::at("assets", missing)
     })?;
     let marked = Marked::default();
-    let config =
-        machine::config(spec, &assets, marked.clone()).map_err(|why| Failure::at("disks", why))?;
+    let config = machine::config(spec, &assets, marked.clone()).map_err(|why| Failure::at("disks", why))?;
     let relay = Relay::listen(&spec.socket, spec.config.max_clients)
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {

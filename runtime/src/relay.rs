@@ -194,6 +194,5 @@ fn forget(client: &Client, ops: &mut EventOps) {
 
 /// Whether the other end belongs to the user who runs this process.
 fn is_owner(socket: &UnixStream) -> bool {
-    rustix::net::sockopt::socket_peercred(socket)
-        .is_ok_and(|peer| peer.uid == rustix::process::geteuid())
+    rustix::net::sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
 }

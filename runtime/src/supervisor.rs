@@ -134,7 +134,8 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     while supervisor.vm.exit().is_none() {
         let timeout = if again { Some(Duration::ZERO) } else { supervisor.until_deadline() };
         // Rounded up, or the loop would spin through the last millisecond.
-        let timeout = timeout.map_or(-1, |time| i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+        let timeout =
+            timeout.map_or(-1, |time| i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
         events.run_with_timeout(timeout).map_err(|error| format!("the event loop failed: {error:?}"))?;
         let happened = std::mem::take(&mut *happened.lock().unwrap_or_else(PoisonError::into_inner));
         again = supervisor.turn(happened, &mut events, inbox)?;
@@ -148,7 +149,12 @@ impl Supervisor<'_> {
     }
 
     /// Everything that has happened, once. Whether there is more to do at once.
-    fn turn(&mut self, happened: Vec<Events>, events: &mut EventLoop, inbox: SubscriberId) -> Result<bool, String> {
+    fn turn(
+        &mut self,
+        happened: Vec<Events>,
+        events: &mut EventLoop,
+        inbox: SubscriberId,
+    ) -> Result<bool, String> {
         let mut ops = events.event_ops(inbox).map_err(|error| format!("{error:?}"))?;
         let vsock = self.vsock.clone();
         let mut vsock = vsock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -354,7 +360,8 @@ impl Supervisor<'_> {
         let since = |instant: Instant| {
             u64::try_from(instant.saturating_duration_since(self.began).as_nanos()).unwrap_or(u64::MAX)
         };
-        let mut phases = self.vm.phases().iter().map(|(name, at)| ((*name).into(), since(*at))).collect::<Vec<_>>();
+        let mut phases =
+            self.vm.phases().iter().map(|(name, at)| ((*name).into(), since(*at))).collect::<Vec<_>>();
         phases.extend(self.marked.all().into_iter().map(|(mark, at)| (mark.name().into(), since(at))));
         phases.push(("ready".into(), since(Instant::now())));
         phases

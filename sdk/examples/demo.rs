@@ -99,7 +99,9 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         match argument.as_str() {
             "--image" => image = arguments.next(),
             "--" => command.extend(arguments.by_ref()),
-            other => return Err(format!("unknown argument {other}: demo --image REFERENCE [-- COMMAND…]").into()),
+            other => {
+                return Err(format!("unknown argument {other}: demo --image REFERENCE [-- COMMAND…]").into());
+            }
         }
     }
     let image = image.ok_or("demo --image REFERENCE [-- COMMAND…]")?;

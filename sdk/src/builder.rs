@@ -172,7 +172,8 @@ impl SandboxBuilder {
             defaults: defaults(&image),
             ..self.config.image
         };
-        let record = context.store.create(&name, &self.config).map_err(|error| Error::store(&self.name, error))?;
+        let record =
+            context.store.create(&name, &self.config).map_err(|error| Error::store(&self.name, error))?;
         let spec = context.launch_spec(&record, image.disk, attached, BOOT_TIMEOUT_MS);
         let made = context.format_disk(&spec);
         match made {
@@ -253,4 +254,3 @@ pub(crate) async fn bring_up(
         }
     }
 }
-

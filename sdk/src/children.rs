@@ -60,7 +60,8 @@ fn live(watcher: &Watcher, woken: &UnixStream) {
         if poll(&mut descriptors, None).is_err() {
             continue;
         }
-        let mut ended = descriptors.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect::<Vec<_>>().into_iter();
+        let mut ended =
+            descriptors.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect::<Vec<_>>().into_iter();
         drop(descriptors);
         let _ = io::Read::read(&mut &*woken, &mut [0; 64]);
         let (gone, stay): (Vec<_>, Vec<_>) = watched.into_iter().partition(|_| ended.next().unwrap_or(false));
@@ -82,7 +83,8 @@ mod tests {
     #[test]
     fn a_child_that_ends_leaves_no_zombie_and_no_open_socket() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let child = Command::new("cat").stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs))).spawn().unwrap();
+        let child =
+            Command::new("cat").stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs))).spawn().unwrap();
         let pid = child.id();
         let mut other_end = ours.try_clone().unwrap();
         watch(child, ours).unwrap();

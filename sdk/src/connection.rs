@@ -51,9 +51,7 @@ impl From<std::io::Error> for ConnectionError {
 impl From<Fatal> for ConnectionError {
     fn from(fatal: Fatal) -> Self {
         match fatal {
-            Fatal::VersionMismatch { ours } => {
-                Self::Version { ours: Hello::OURS.version, theirs: ours }
-            }
+            Fatal::VersionMismatch { ours } => Self::Version { ours: Hello::OURS.version, theirs: ours },
             Fatal::TooManyClients { max } => Self::TooManyClients { max },
             Fatal::Protocol(why) => Self::Refused(why),
         }
@@ -301,4 +299,3 @@ fn route(frame: &Frame<'_>, routes: &Routes) -> Result<(), ConnectionError> {
     }
     Ok(())
 }
-

@@ -45,7 +45,9 @@ pub enum Error {
         name: String,
     },
     /// Every place for a client is taken.
-    #[error("sandbox {name:?} has {max} clients, which is all it takes: share one connection, or raise max_clients")]
+    #[error(
+        "sandbox {name:?} has {max} clients, which is all it takes: share one connection, or raise max_clients"
+    )]
     TooManyClients {
         /// The sandbox.
         name: String,
@@ -97,7 +99,9 @@ pub enum Error {
         program: String,
     },
     /// The command can take no more input before its output is read.
-    #[error("the command waits for its output to be taken: read it, then write the rest ({written} bytes were written)")]
+    #[error(
+        "the command waits for its output to be taken: read it, then write the rest ({written} bytes were written)"
+    )]
     OutputFull {
         /// How many bytes of the call were written.
         written: usize,
@@ -114,7 +118,9 @@ pub enum Error {
     #[error(transparent)]
     Image(#[from] cubby_image::Error),
     /// The image that the sandbox was created from is not in the store any more.
-    #[error("sandbox {name:?} was created from image {reference}, which is gone from the store: remove the sandbox and create it again")]
+    #[error(
+        "sandbox {name:?} was created from image {reference}, which is gone from the store: remove the sandbox and create it again"
+    )]
     ImageGone {
         /// The sandbox.
         name: String,
@@ -125,7 +131,9 @@ pub enum Error {
     #[error("the configuration has {} mistakes: {}", .0.len(), list(.0))]
     InvalidConfig(Vec<cubby_state::Mistake>),
     /// The sandbox process is of another version.
-    #[error("sandbox process speaks protocol {theirs}, we speak {ours}: stop the sandbox with the program that started it, or install matching versions")]
+    #[error(
+        "sandbox process speaks protocol {theirs}, we speak {ours}: stop the sandbox with the program that started it, or install matching versions"
+    )]
     ProtocolMismatch {
         /// Our protocol version.
         ours: u16,

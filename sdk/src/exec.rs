@@ -164,13 +164,8 @@ pub struct ExecHandle {
 
 impl ExecHandle {
     /// Starts a command over `connection`.
-    pub(crate) async fn start(
-        connection: &Arc<Connection>,
-        name: &Arc<str>,
-        open: &Open,
-    ) -> R<Self> {
-        let session =
-            connection.open_session(open).await.map_err(|error| Error::connection(name, error))?;
+    pub(crate) async fn start(connection: &Arc<Connection>, name: &Arc<str>, open: &Open) -> R<Self> {
+        let session = connection.open_session(open).await.map_err(|error| Error::connection(name, error))?;
         Ok(Self {
             session,
             program: open.program.clone(),

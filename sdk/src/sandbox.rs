@@ -311,9 +311,8 @@ impl Sandbox {
             return Err(Error::invalid_state(&self.name, status, operation));
         }
         let socket = self.context.store.home().socket(&self.id);
-        let connection = Connection::open(&socket)
-            .await
-            .map_err(|error| self.connection_error(error, operation))?;
+        let connection =
+            Connection::open(&socket).await.map_err(|error| self.connection_error(error, operation))?;
         let connection = Arc::new(connection);
         *slot = Some(connection.clone());
         Ok(connection)

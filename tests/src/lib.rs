@@ -1,1 +1,225 @@
-//! tests
+//! What the end-to-end tests stand on: the image and the names they use, bounds on every wait, what `/proc` says
+//! about a process, and a second program that uses sandboxes ([`Client`]).
+//!
+//! Everything here panics when it cannot do its work: a test that cannot run has failed.
+#![forbid(unsafe_code)]
+#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use cubby_state::{Home, ProcessIdentity, Store};
+use cubbyhole::{Error, ExecOutput, Sandbox, SandboxBuilder};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::OnceCell;
+
+/// How long anything may take. The slowest machine that these tests run on emulates each instruction.
+pub const BOUND: Duration = Duration::from_secs(120);
+
+/// The image of all tests: a small Debian with Python.
+pub fn image() -> String {
+    variable("CUBBY_TEST_IMAGE")
+}
+
+/// A variable that tells the tests what is around them.
+pub fn variable(name: &str) -> String {
+    std::env::var(name)
+        .unwrap_or_else(|_| panic!("{name} is not set: run these tests with `cargo xtask test`, which sets it"))
+}
+
+/// A sandbox's name that no other test and no other run has.
+pub fn name(test: &str) -> String {
+    format!("{test}-{}", std::process::id())
+}
+
+/// A sandbox of the test image, with little memory, so that several fit on one machine.
+pub fn builder(name: &str) -> SandboxBuilder {
+    Sandbox::builder(name).image(image()).memory(192)
+}
+
+/// A new sandbox for one test.
+pub async fn sandbox(test: &str) -> Sandbox {
+    within("create", builder(&name(test)).create()).await.unwrap()
+}
+
+/// A sandbox for all tests that leave it as it was: a connection of one's own to it.
+pub async fn shared() -> Sandbox {
+    static NAME: OnceCell<String> = OnceCell::const_new();
+    let name = NAME.get_or_init(async || sandbox("shared").await.name().to_owned()).await;
+    Sandbox::get(name).await.unwrap()
+}
+
+/// Stops a sandbox and leaves nothing of it.
+pub async fn discard(sandbox: Sandbox) {
+    within("stop", sandbox.stop()).await.unwrap();
+    Sandbox::remove(sandbox.name()).await.unwrap();
+}
+
+/// What `future` gives, if it takes no longer than [`BOUND`].
+pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(BOUND, future).await.unwrap_or_else(|_| panic!("{what} took longer than {BOUND:?}"))
+}
+
+/// Waits for what no event tells.
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let begin = Instant::now();
+    while !holds().await {
+        assert!(begin.elapsed() < BOUND, "{what} did not come within {BOUND:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// The standard output of a script that has to succeed.
+pub async fn shell(sandbox: &Sandbox, script: &str) -> String {
+    let output = within(script, sandbox.shell(script)).await.unwrap();
+    success(script, &output)
+}
+
+/// The standard output of a Python program that has to succeed.
+pub async fn python(sandbox: &Sandbox, program: &str) -> String {
+    let output = within(program, sandbox.exec("python3", ["-c", program])).await.unwrap();
+    success(program, &output)
+}
+
+fn success(what: &str, output: &ExecOutput) -> String {
+    assert!(output.success(), "{what}: {:?}, {}", output.status(), output.stderr().unwrap_or_default());
+    output.stdout().unwrap()
+}
+
+/// The home that the environment names, and the store in it.
+pub fn store() -> Store {
+    Store::open(&Home::from_env().unwrap()).unwrap()
+}
+
+/// The process behind a sandbox.
+pub fn process(name: &str) -> ProcessIdentity {
+    let record = store().get(&name.parse().unwrap()).unwrap();
+    record.run.process.unwrap_or_else(|| panic!("{name} has no process"))
+}
+
+/// Kills a process at once.
+pub fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+/// Waits until a process is gone, its zombie included.
+pub async fn gone(process: &ProcessIdentity) {
+    until(&format!("the end of process {}", process.pid), async || {
+        ProcessIdentity::of(process.pid).map_or(true, |now| now != *process)
+    })
+    .await;
+}
+
+/// What a process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    /// Memory of its own, in KiB; a guest's memory is shared and does not count.
+    pub anonymous_kib: u64,
+    /// Open file descriptors.
+    pub descriptors: usize,
+    /// Threads.
+    pub threads: usize,
+}
+
+impl Holdings {
+    /// Those of a process of this machine.
+    pub fn of(pid: u32) -> Self {
+        let count = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        Self {
+            anonymous_kib: anonymous_kib(&status),
+            descriptors: count("fd"),
+            threads: count("task"),
+        }
+    }
+
+    /// Those of the agent, as the guest tells them. What asks is in none of the counts.
+    pub async fn of_agent(sandbox: &Sandbox) -> Self {
+        let script = "ls /proc/1/fd | wc -l; ls /proc/1/task | wc -l; cat /proc/1/status";
+        let text = shell(sandbox, script).await;
+        let mut lines = text.lines();
+        let mut count = || lines.next().unwrap().trim().parse().unwrap();
+        Self { descriptors: count(), threads: count(), anonymous_kib: anonymous_kib(&text) }
+    }
+}
+
+/// As one line of text, for a process that tells another.
+impl std::fmt::Display for Holdings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} {}", self.anonymous_kib, self.descriptors, self.threads)
+    }
+}
+
+impl std::str::FromStr for Holdings {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut fields = text.split(' ');
+        let mut field = || fields.next().unwrap_or_default();
+        Ok(Self {
+            anonymous_kib: field().parse()?,
+            descriptors: field().parse()?,
+            threads: field().parse()?,
+        })
+    }
+}
+
+/// `RssAnon` (proc_pid_status(5)).
+fn anonymous_kib(status: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Another program that uses sandboxes, as `src/bin/client.rs` has it. Dropping it kills it.
+pub struct Client {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Client {
+    /// Starts the program, or what starts it.
+    pub fn start(command: &[&str]) -> Self {
+        let mut child = Command::new(command[0])
+            .args(&command[1..])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { stdin: child.stdin.take(), child, lines }
+    }
+
+    /// The next line that it prints.
+    pub async fn line(&mut self) -> String {
+        let line = within("a line of the other program", self.lines.next_line()).await.unwrap();
+        line.expect("the other program ended")
+    }
+
+    /// Kills it with SIGKILL and waits until it is gone.
+    pub async fn kill(mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// Ends its input, which ends it, and checks that it went well.
+    pub async fn finish(mut self) {
+        drop(self.stdin.take());
+        let status = within("the end of the other program", self.child.wait()).await.unwrap();
+        assert!(status.success(), "the other program ended with {status}");
+    }
+}
+
+/// The directory of an `oci:` image.
+pub fn layout(reference: &str) -> PathBuf {
+    let path = reference.strip_prefix("oci:").unwrap_or_else(|| panic!("{reference} is no oci: directory"));
+    PathBuf::from(path)
+}
+
+/// Whether this is an `InvalidState` of the given state.
+pub fn refused_as<T>(result: &Result<T, Error>, expected: cubbyhole::Status) -> bool {
+    matches!(result, Err(Error::InvalidState { state, .. }) if *state == expected.to_string())
+}

@@ -5,7 +5,7 @@
 use std::fs::OpenOptions;
 use std::process::ExitCode;
 
-use cubby_vmm::{Disk, DiskCache, Vm, VmConfig, initramfs};
+use cubby_vmm::{Disk, DiskCache, Initramfs, Vm, VmConfig};
 
 fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut arguments = std::env::args_os().skip(1);
@@ -20,7 +20,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         vcpus: 1,
         memory_mib: 256,
         kernel: kernel.into(),
-        initramfs: initramfs::with_init(&std::fs::read(init)?),
+        initramfs: Some(Initramfs::with_init(init.as_ref())?),
         cmdline: "console=ttyS0 reboot=k panic=-1".into(),
         disks: disks.collect::<std::io::Result<_>>()?,
         vsock_cid: Some(3),

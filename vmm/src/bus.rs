@@ -42,7 +42,7 @@ impl Bus {
         let byte = *data.first()?;
         match port {
             layout::SERIAL_PORT..=layout::SERIAL_PORT_LAST => {
-                lock(&self.console).write((port - layout::SERIAL_PORT) as u8, byte);
+                lock(&self.console).write(serial_register(port), byte);
                 None
             }
             I8042_COMMAND if byte == I8042_RESET => Some(Exit::Reset),
@@ -63,9 +63,7 @@ impl Bus {
     pub(crate) fn port_in(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         let value = match port {
-            layout::SERIAL_PORT..=layout::SERIAL_PORT_LAST => {
-                lock(&self.console).read((port - layout::SERIAL_PORT) as u8)
-            }
+            layout::SERIAL_PORT..=layout::SERIAL_PORT_LAST => lock(&self.console).read(serial_register(port)),
             // Neither input nor output is pending: a write of the reset command follows.
             layout::I8042_PORT | I8042_COMMAND => 0,
             _ => return,
@@ -95,6 +93,12 @@ impl Bus {
         let index = usize::try_from(relative / layout::VIRTIO_MMIO_SIZE).ok()?;
         Some((lock(self.virtio.get(index)?), relative % layout::VIRTIO_MMIO_SIZE))
     }
+}
+
+/// Which of the serial port's eight registers a port is.
+fn serial_register(port: u16) -> u8 {
+    let [register, _] = (port - layout::SERIAL_PORT).to_le_bytes();
+    register
 }
 
 /// Locks, whoever panicked with the lock held: device state is valid between any two of its writes.

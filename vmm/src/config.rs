@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::bus::Marks;
+use crate::initramfs::Initramfs;
 
 /// A virtual machine to boot.
 pub struct VmConfig {
@@ -14,8 +15,8 @@ pub struct VmConfig {
     pub memory_mib: u32,
     /// An uncompressed x86_64 kernel: `vmlinux`, ELF.
     pub kernel: PathBuf,
-    /// A cpio archive (see [`crate::initramfs`]) that the kernel unpacks as its first root; empty for none.
-    pub initramfs: Vec<u8>,
+    /// What the kernel unpacks as its first root.
+    pub initramfs: Option<Initramfs>,
     /// Kernel command line; what the devices need is added to it.
     pub cmdline: String,
     /// Disks in the order of their names, `/dev/vda` first.
@@ -95,7 +96,9 @@ pub enum Error {
         why: String,
     },
     /// The kernel, the initramfs and the boot data do not fit.
-    #[error("{what} needs {needed} bytes, but guest memory of {mib} MiB has no room for it: give the VM more memory")]
+    #[error(
+        "{what} needs {needed} bytes, but guest memory of {mib} MiB has no room for it: give the VM more memory"
+    )]
     DoesNotFit {
         /// What was to be placed.
         what: &'static str,

@@ -66,7 +66,7 @@ impl Backend for RawFile {
 impl RawFile {
     /// For file systems that cannot do better.
     fn write_zero_bytes(&self, offset: u64, len: u64) -> io::Result<()> {
-        const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let mut done = 0;
         while done < len {
             let piece = usize::try_from(len - done).unwrap_or(ZEROS.len()).min(ZEROS.len());

@@ -17,13 +17,14 @@
 //! when [`Vm`] is dropped; a host that cannot run guests is told apart before anything is created
 //! ([`probe::probe`]). What it does not know: sandboxes, images, async runtimes.
 #![deny(unsafe_code)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
 mod arch;
 mod bus;
 mod config;
 mod disk;
 mod exit;
-pub mod initramfs;
+mod initramfs;
 mod kernel;
 mod memory;
 pub mod probe;
@@ -35,6 +36,7 @@ mod worker;
 pub use bus::{Flow, Marks};
 pub use config::{Disk, DiskCache, Error, VmConfig};
 pub use exit::Exit;
+pub use initramfs::Initramfs;
 pub use vm::Vm;
 pub use worker::{DeviceLoop, EventLoop};
 

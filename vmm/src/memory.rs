@@ -16,19 +16,13 @@ pub(crate) fn map(mib: u32) -> Result<Memory, Error> {
         .map_err(|_| failed(io::Error::from(io::ErrorKind::OutOfMemory)))?;
     let file = sys::memfd("cubbyhole-guest", size as u64).map_err(failed)?;
     let low = size.min(layout::LOW_MEMORY_LIMIT);
-    let mut ranges = vec![(GuestAddress(0), low, FileOffset::new(file, 0))];
+    let file = FileOffset::new(file, 0);
+    let mut ranges = vec![(GuestAddress(0), low, Some(file.clone()))];
     if size > low {
-        let file = ranges[0].2.arc().clone();
-        ranges.push((
-            GuestAddress(layout::HIGH_MEMORY_START),
-            size - low,
-            FileOffset::from_arc(file, low as u64),
-        ));
+        let rest = FileOffset::from_arc(file.arc().clone(), low as u64);
+        ranges.push((GuestAddress(layout::HIGH_MEMORY_START), size - low, Some(rest)));
     }
-    Memory::from_ranges_with_files(
-        ranges.into_iter().map(|(address, size, file)| (address, size, Some(file))),
-    )
-    .map_err(|error| failed(io::Error::other(error)))
+    Memory::from_ranges_with_files(ranges).map_err(|error| failed(io::Error::other(error)))
 }
 
 #[cfg(test)]

@@ -26,7 +26,8 @@ fn unsupported<T>(why: impl Into<String>, remedy: &str) -> Result<T, HostUnsuppo
 const NO_DEVICE: &str = "load its module (modprobe kvm_intel or kvm_amd), enable virtualization in the firmware, or, in a \
                          virtual machine, ask for nested virtualization";
 const NO_PERMISSION: &str = "add yourself to its group (sudo usermod -aG kvm $USER) and log in again";
-const OTHER_HOST: &str = "use a machine with Intel VT-x or AMD-V: bare metal, or a virtual machine with nested virtualization";
+const OTHER_HOST: &str =
+    "use a machine with Intel VT-x or AMD-V: bare metal, or a virtual machine with nested virtualization";
 
 /// KVM's API version, the same since Linux 2.6.22.
 const API_VERSION: i32 = 12;

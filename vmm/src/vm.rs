@@ -60,7 +60,7 @@ impl Vm {
             memory_mib: config.memory_mib,
             kernel_end: loaded.end,
             cmdline: &command_line(&config.cmdline, windows),
-            initramfs: &config.initramfs,
+            initramfs: config.initramfs.as_ref(),
         };
         arch::place(&memory, &boot)?;
         let load_done = Instant::now();

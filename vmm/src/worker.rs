@@ -84,9 +84,7 @@ impl Worker {
         }));
         let thread = std::thread::Builder::new()
             .name(name)
-            .spawn(move || {
-                while !*lock(&stopped) && events.run().is_ok() {}
-            })
+            .spawn(move || while !*lock(&stopped) && events.run().is_ok() {})
             .map_err(&failed)?;
         Ok(Self { thread: Some(thread), stop })
     }

@@ -2,27 +2,28 @@
 //! arena in memory, which [`super::finish`] empties; once the arena is full, small files take a block each.
 use std::{fs::File, os::unix::fs::FileExt, path::PathBuf};
 
-use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
+use rustix::fs::{FallocateFlags, fallocate};
 
-use super::{BLOCK, inode};
+use super::{BLOCK, inode, writeback::Writeback};
 use crate::{
     Error,
     layer::tree::{Extent, Meta},
+    space::Space,
 };
 
 /// Bytes of small files held in memory.
 pub(super) const ARENA: usize = 64 << 20;
 /// Bytes gathered before the disk is written.
 const BUFFER: usize = 1 << 20;
-/// How often, in bytes written, the free space is looked at.
-const CHECK: u64 = 64 << 20;
+/// Zeros from this many bytes on are left out of the file.
+const HOLE: usize = 64 << 10;
 
 /// The disk being made.
 pub(crate) struct Disk {
     file: File,
     path: PathBuf,
-    min_free: u64,
-    unchecked: u64,
+    space: Space,
+    writeback: Writeback,
     /// Where `buffer` goes, in bytes.
     flushed: u64,
     buffer: Vec<u8>,
@@ -33,18 +34,19 @@ pub(crate) struct Disk {
 
 impl Disk {
     /// Writes to `file`, which is empty; `path` names it in errors. `min_free` bytes stay free on its file system.
-    pub(crate) fn new(file: File, path: PathBuf, min_free: u64) -> Self {
-        Self {
+    pub(crate) fn new(file: File, path: PathBuf, min_free: u64) -> Result<Self, Error> {
+        let writeback = Writeback::start(&file).map_err(Error::io("start to write", &path))?;
+        Ok(Self {
+            writeback,
             file,
             path,
-            min_free,
-            unchecked: CHECK,
+            space: Space::new(min_free),
             flushed: BLOCK as u64,
             buffer: Vec::with_capacity(BUFFER),
             arena: Vec::new(),
             current: None,
             freed: Vec::new(),
-        }
+        })
     }
 
     /// The next content has `size` bytes and belongs to an inode with `meta`.
@@ -81,7 +83,7 @@ impl Disk {
             Ok(short) if matches!(self.current, Some(Extent::Inline(..))) => {
                 self.arena.resize(self.arena.len() + short, 0)
             }
-            Ok(short) if self.buffer.len() + short <= BUFFER => {
+            Ok(short) if short < HOLE && self.buffer.len() + short <= BUFFER => {
                 self.buffer.resize(self.buffer.len() + short, 0)
             }
             _ => {
@@ -146,6 +148,7 @@ impl Disk {
             // A file system that cannot do it keeps the dead bytes, which nothing reads.
             let _ = fallocate(&self.file, flags, u64::from(start) * block, blocks * block);
         }
+        self.writeback.finish().map_err(Error::io("sync", &self.path))?;
         self.file.sync_all().map_err(Error::io("sync", &self.path))?;
         Ok(self.flushed)
     }
@@ -159,17 +162,10 @@ impl Disk {
     }
 
     fn write_through(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.unchecked += bytes.len() as u64;
-        if self.unchecked >= CHECK {
-            self.unchecked = 0;
-            let space = fstatvfs(&self.file).map_err(|e| Error::io("measure", &self.path)(e.into()))?;
-            let free = space.f_bavail.saturating_mul(space.f_frsize);
-            if free < self.min_free.saturating_add(CHECK) {
-                return Err(Error::NoSpace { path: self.path.clone(), free, reserve: self.min_free });
-            }
-        }
+        self.space.about_to_write(&self.file, &self.path, bytes.len())?;
         self.file.write_all_at(bytes, self.flushed).map_err(Error::io("write", &self.path))?;
         self.flushed += bytes.len() as u64;
+        self.writeback.wrote(bytes.len());
         Ok(())
     }
 }

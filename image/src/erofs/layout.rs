@@ -48,6 +48,9 @@ enum Source<'a> {
     Done,
 }
 
+/// A name in some directory: the record that it names, and its type.
+type Entry<'a> = (&'a [u8], usize, Type);
+
 impl Record<'_> {
     fn nid(&self) -> u64 {
         self.offset / SLOT as u64
@@ -104,7 +107,7 @@ pub(crate) fn finish(tree: &Tree, mut disk: Disk, uuid: [u8; 16]) -> Result<u64,
 }
 
 /// All inodes, the root first, and all names; a directory has a range of them.
-fn gather(root: &Dir) -> (Vec<Record<'_>>, Vec<(&[u8], usize, Type)>) {
+fn gather(root: &Dir) -> (Vec<Record<'_>>, Vec<Entry<'_>>) {
     let mut records = vec![dir_record(root, 0)];
     let mut names = Vec::new();
     let mut shared: HashMap<*const Leaf, usize> = HashMap::new();
@@ -199,7 +202,7 @@ fn commonest_time(records: &[Record<'_>]) -> Time {
 /// Where the content of a directory or link goes; files have theirs already.
 fn lay_out_data(
     records: &[Record<'_>],
-    names: &[(&[u8], usize, Type)],
+    names: &[Entry<'_>],
     at: usize,
     next: &mut u32,
 ) -> Result<Data, Error> {
@@ -218,11 +221,7 @@ fn lay_out_data(
 }
 
 /// A directory's names with `.` and `..`, sorted.
-fn dir_names<'a>(
-    record: &Record<'a>,
-    records: &[Record<'_>],
-    names: &[(&'a [u8], usize, Type)],
-) -> Vec<Name<'a>> {
+fn dir_names<'a>(record: &Record<'a>, records: &[Record<'_>], names: &[Entry<'a>]) -> Vec<Name<'a>> {
     let Source::Dir { parent, names: range, .. } = &record.source else { return Vec::new() };
     let nid = |index: usize| records.get(index).map_or(0, Record::nid);
     let children = names.get(range.clone()).unwrap_or_default();
@@ -234,7 +233,7 @@ fn dir_names<'a>(
     all
 }
 
-fn encode_dir(record: &Record<'_>, records: &[Record<'_>], names: &[(&[u8], usize, Type)]) -> Vec<u8> {
+fn encode_dir(record: &Record<'_>, records: &[Record<'_>], names: &[Entry<'_>]) -> Vec<u8> {
     dir::encode(&dir_names(record, records, names))
 }
 
@@ -242,7 +241,7 @@ fn encode_dir(record: &Record<'_>, records: &[Record<'_>], names: &[(&[u8], usiz
 fn write_blocks(
     record: &Record<'_>,
     records: &[Record<'_>],
-    names: &[(&[u8], usize, Type)],
+    names: &[Entry<'_>],
     disk: &mut Disk,
 ) -> Result<(), Error> {
     let size = match (&record.source, record.inode.data) {

@@ -25,12 +25,22 @@ pub(crate) struct Applier<'a> {
     layer: String,
     entries: u64,
     metadata: u64,
+    content: u64,
     reported: u64,
 }
 
 impl<'a> Applier<'a> {
     pub(crate) fn new(disk: erofs::Disk, options: &'a PullOptions) -> Self {
-        Self { tree: Tree::new(), disk, options, layer: String::new(), entries: 0, metadata: 0, reported: 0 }
+        Self {
+            tree: Tree::new(),
+            disk,
+            options,
+            layer: String::new(),
+            entries: 0,
+            metadata: 0,
+            content: 0,
+            reported: 0,
+        }
     }
 
     /// Applies the next layer of `stream`.
@@ -166,8 +176,10 @@ impl<'a> Applier<'a> {
         meta: &Meta,
     ) -> Result<Extent, Error> {
         let limit = self.options.limits.max_unpacked;
-        if entry.size > limit {
-            let what = format!("the size of {} in layer {}", lossy(&entry.path), self.layer);
+        // Sparse files unpack to more than the stream has.
+        self.content = self.content.saturating_add(entry.size);
+        if self.content > limit {
+            let what = format!("the size of all files, at {} in layer {}", lossy(&entry.path), self.layer);
             return Err(Error::Limit { what, limit, option: "max_unpacked" });
         }
         self.disk.begin(entry.size, meta)?;

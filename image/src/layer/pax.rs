@@ -50,9 +50,31 @@ impl Pax {
         Ok(())
     }
 
+    /// An empty value takes back what was said before (POSIX.1-2017, pax § pax Extended Header); so an
+    /// extended attribute without a value cannot be said, and is not there for Go's readers either.
+    fn forget(&mut self, key: &[u8]) {
+        match key {
+            b"path" => self.path = None,
+            b"linkpath" => self.link = None,
+            b"size" => self.size = None,
+            b"uid" => self.uid = None,
+            b"gid" => self.gid = None,
+            b"mtime" => self.mtime = None,
+            _ => {
+                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                    self.xattrs.remove(name);
+                }
+            }
+        }
+    }
+
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<(), Malformed> {
         let bad = || Malformed(format!("pax record {} has no valid value", String::from_utf8_lossy(key)));
         let number = || decimal(value).ok_or_else(bad);
+        if value.is_empty() {
+            self.forget(key);
+            return Ok(());
+        }
         match key {
             b"path" => self.path = Some(value.to_vec()),
             b"linkpath" => self.link = Some(value.to_vec()),
@@ -130,6 +152,15 @@ mod tests {
         assert_eq!(pax.path.as_deref(), Some(&b"cd"[..]));
         assert_eq!(pax.mtime, Some(Time { seconds: 12, nanos: 345_678_900 }));
         assert_eq!(pax.xattrs[&b"user.x"[..]], b"\0=\n\xff..");
+    }
+
+    #[test]
+    fn an_empty_value_takes_back_what_was_said() {
+        let mut pax = Pax::default();
+        pax.parse(b"11 path=ab\n22 SCHILY.xattr.u.a=1\n").unwrap();
+        assert_eq!(pax.xattrs.len(), 1);
+        pax.parse(b"8 path=\n21 SCHILY.xattr.u.a=\n").unwrap();
+        assert_eq!((pax.path, pax.xattrs.len()), (None, 0));
     }
 
     #[test]

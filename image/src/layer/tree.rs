@@ -2,7 +2,8 @@
 //! § Applying Changesets). Contents are elsewhere; a file here is an [`Extent`] of the disk being made.
 //!
 //! Every name remembers which layer set it. That makes whiteouts independent of their place in a layer:
-//! they remove what lower layers set and keep what their own layer did. Hard links share one [`Leaf`], so
+//! they remove what lower layers set and keep what their own layer did. (A symbolic link that is followed
+//! or a file that is linked to must still be there, as for every other unpacker.) Hard links share one [`Leaf`], so
 //! that a link count is a reference count.
 //!
 //! Names are resolved inside the image: a parent that is a symbolic link is followed from the image's
@@ -174,10 +175,10 @@ impl Tree {
         let Some((parent, freed)) = self.existing(parents)? else {
             return Ok(());
         };
-        if parent.children.get_mut(*name).is_some_and(|node| !keep(node, layer, freed)) {
-            if let Some(node) = parent.children.remove(*name) {
-                discard(node, freed);
-            }
+        if parent.children.get_mut(*name).is_some_and(|node| !keep(node, layer, freed))
+            && let Some(node) = parent.children.remove(*name)
+        {
+            discard(node, freed);
         }
         Ok(())
     }

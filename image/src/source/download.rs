@@ -21,7 +21,7 @@ use ureq::{
 };
 
 use super::{Registry, Section};
-use crate::{Digest, Error, Progress, PullOptions, manifest::LayerInfo};
+use crate::{Digest, Error, Progress, PullOptions, manifest::LayerInfo, space::Space, store};
 
 /// Attempts in a row that may bring nothing.
 const ATTEMPTS: u32 = 5;
@@ -133,7 +133,7 @@ impl<'a> Downloads<'a> {
                 .open(&part)
                 .map_err(Error::io("open", &part))?;
             // Only one process writes a blob; the others find it done.
-            super::super::store::lock(&file, &part, &self.stop)?;
+            store::lock(&file, &part, &self.stop)?;
             let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
             let mine = file.metadata().map_err(Error::io("measure", &part))?;
             if !fs::metadata(&part).is_ok_and(|found| same(&found, &mine)) {
@@ -179,14 +179,16 @@ impl<'a> Downloads<'a> {
             let before = got;
             match self.registry.blob(&layer.digest, got) {
                 Ok(response) => {
-                    if got > 0 && !continues(&response, got) {
+                    let whole = response.status() == StatusCode::OK;
+                    let rest = got > 0 && continues(&response, got);
+                    if !rest {
                         file.set_len(0).map_err(io("truncate"))?;
                         (got, hasher) = (0, layer.digest.hasher());
-                        if response.status() != StatusCode::OK {
-                            continue;
-                        }
                     }
-                    self.receive(layer, response, file, path, &mut got, &mut hasher)?;
+                    // Anything else is no content of ours: start over, as an attempt that brought nothing.
+                    if whole || rest {
+                        self.receive(layer, response, file, path, &mut got, &mut hasher)?;
+                    }
                 }
                 Err(Error::Network { .. }) if fruitless + 1 < ATTEMPTS => {}
                 Err(Error::Registry { status: 429 | 500..=599, .. }) if fruitless + 1 < ATTEMPTS => {}
@@ -223,6 +225,7 @@ impl<'a> Downloads<'a> {
         let total = layer.size.unwrap_or(self.options.limits.max_layer);
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; 256 << 10];
+        let mut space = Space::new(self.options.limits.min_free);
         let mut reported = None;
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -237,6 +240,7 @@ impl<'a> Downloads<'a> {
                 let what = format!("layer {}", layer.digest);
                 return Err(Error::SizeMismatch { what, expected: total, actual: *got + length as u64 });
             }
+            space.about_to_write(file, path, length)?;
             file.write_all(bytes).map_err(Error::io("write", path))?;
             hasher.update(bytes);
             *got += length as u64;

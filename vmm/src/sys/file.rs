@@ -66,7 +66,8 @@ fn transfer(
     let mut offset = offset;
     for group in segments.chunks(SEGMENTS) {
         for (iovec, segment) in iovecs.iter_mut().zip(group) {
-            *iovec = libc::iovec { iov_base: segment.ptr_guard_mut().as_ptr().cast(), iov_len: segment.len() };
+            *iovec =
+                libc::iovec { iov_base: segment.ptr_guard_mut().as_ptr().cast(), iov_len: segment.len() };
         }
         let mut rest = iovecs.get_mut(..group.len()).unwrap_or_default();
         while let Some(first) = rest.first() {
@@ -123,7 +124,7 @@ mod tests {
         let whole = Slice::from(memory.as_mut_slice());
         let parts: Vec<_> = (0..9).map(|part| whole.subslice(part * 1000, 1000).unwrap()).collect();
         write_all_at(&file, 500, &parts).unwrap();
-        zero_range(&file, 600, 100).unwrap();
+        punch_hole(&file, 600, 100).unwrap();
         let mut back = vec![0xffu8; 9500];
         read_exact_at(&file, 0, &[Slice::from(back.as_mut_slice())]).unwrap();
         let expected = |at: usize| match at {

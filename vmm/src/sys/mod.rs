@@ -10,4 +10,4 @@ mod memory;
 pub(crate) use entropy::OsEntropy;
 pub(crate) use file::{punch_hole, read_exact_at, set_direct, write_all_at, zero_range};
 pub(crate) use kick::{KickTarget, install_kick_handler, kick};
-pub(crate) use memory::{memfd, set_memory_slot};
+pub(crate) use memory::{map_private, memfd, set_memory_slot};

@@ -7,6 +7,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemory
 
 use super::{layout, mptable};
 use crate::config::Error;
+use crate::initramfs::Initramfs;
 
 const E820_RAM: u32 = 1;
 /// Boot loader id: "undefined", as the protocol asks of loaders without a number.
@@ -21,7 +22,7 @@ pub(crate) struct Boot<'a> {
     /// End of the kernel's image in guest memory.
     pub(crate) kernel_end: u64,
     pub(crate) cmdline: &'a str,
-    pub(crate) initramfs: &'a [u8],
+    pub(crate) initramfs: Option<&'a Initramfs>,
 }
 
 /// Writes all of it into guest memory.
@@ -30,14 +31,14 @@ pub(crate) fn place(memory: &Memory, boot: &Boot) -> Result<(), Error> {
     let fit = |what, needed| move |_| Error::DoesNotFit { what, needed, mib };
 
     let low_end = memory.iter().next().map_or(0, |region| region.len());
-    let size = boot.initramfs.len() as u64;
+    let size = boot.initramfs.map_or(0, Initramfs::size);
     let initramfs = low_end.saturating_sub(size) & !0xfff;
     if initramfs < boot.kernel_end || size > low_end {
         return Err(Error::DoesNotFit { what: "the initramfs", needed: size, mib });
     }
-    memory
-        .write_slice(boot.initramfs, GuestAddress(initramfs))
-        .map_err(fit("the initramfs", size))?;
+    if let Some(archive) = boot.initramfs {
+        archive.place(memory, initramfs).map_err(Error::resource("the initramfs"))?;
+    }
 
     let mut cmdline = boot.cmdline.as_bytes().to_vec();
     cmdline.push(0);
@@ -77,9 +78,9 @@ fn zero_page(memory: &Memory, initramfs: u64, initramfs_size: u64, cmdline_size:
         page.hdr.ramdisk_size = u32::try_from(initramfs_size).unwrap_or_default();
     }
     let low_end = memory.iter().next().map_or(0, |region| region.len());
-    let ranges = [(0, layout::BASE_MEMORY_END), (layout::HIGH_START, low_end)]
-        .into_iter()
-        .chain(memory.iter().skip(1).map(|region| (region.start_addr().0, region.start_addr().0 + region.len())));
+    let ranges = [(0, layout::BASE_MEMORY_END), (layout::HIGH_START, low_end)].into_iter().chain(
+        memory.iter().skip(1).map(|region| (region.start_addr().0, region.start_addr().0 + region.len())),
+    );
     for ((start, end), slot) in ranges.zip(page.e820_table.iter_mut()) {
         *slot = boot_e820_entry { addr: start, size: end.saturating_sub(start), r#type: E820_RAM };
         page.e820_entries += 1;
@@ -90,8 +91,7 @@ fn zero_page(memory: &Memory, initramfs: u64, initramfs_size: u64, cmdline_size:
 /// Null, then 64-bit code, data and task-state segments: `__BOOT_CS` is 0x10 and `__BOOT_DS` 0x18, as the
 /// boot protocol asks.
 fn gdt() -> [u8; 40] {
-    let entries: [u64; 5] =
-        [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
+    let entries: [u64; 5] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
     let mut bytes = [0; 40];
     for (slot, entry) in bytes.chunks_exact_mut(8).zip(entries) {
         slot.copy_from_slice(&entry.to_le_bytes());
@@ -120,8 +120,16 @@ fn page_tables() -> Vec<u8> {
 mod tests {
     use super::*;
 
-    fn boot(initramfs: &[u8]) -> Boot<'_> {
+    fn boot(initramfs: Option<&Initramfs>) -> Boot<'_> {
         Boot { vcpus: 1, memory_mib: 64, kernel_end: 0x180_0000, cmdline: "quiet", initramfs }
+    }
+
+    fn initramfs_of(length: u64) -> Initramfs {
+        let path = std::env::temp_dir().join(format!("cubby-boot-{}-{length}", std::process::id()));
+        std::fs::File::create(&path).unwrap().set_len(length).unwrap();
+        let archive = Initramfs::with_init(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        archive
     }
 
     #[test]
@@ -138,18 +146,20 @@ mod tests {
     #[test]
     fn an_initramfs_lies_at_the_end_of_low_memory_or_does_not_fit() {
         let memory = crate::memory::map(64).unwrap();
-        place(&memory, &boot(&[7; 5000])).unwrap();
-        let at: u8 = memory.read_obj(GuestAddress((64 << 20) - 8192)).unwrap();
-        assert_eq!(at, 7);
-        let large = vec![0; 41 << 20];
-        assert!(matches!(place(&memory, &boot(&large)), Err(Error::DoesNotFit { .. })));
+        let small = initramfs_of(3000);
+        place(&memory, &boot(Some(&small))).unwrap();
+        let mut page = [0; 4096];
+        memory.read_slice(&mut page, GuestAddress((64 << 20) - 8192)).unwrap();
+        assert!(page.windows(6).any(|bytes| bytes == b"070701"));
+        let large = initramfs_of(41 << 20);
+        assert!(matches!(place(&memory, &boot(Some(&large))), Err(Error::DoesNotFit { .. })));
     }
 
     #[test]
     fn a_long_command_line_is_refused() {
         let memory = crate::memory::map(64).unwrap();
         let cmdline = "x".repeat(layout::CMDLINE_MAX);
-        let result = place(&memory, &Boot { cmdline: &cmdline, ..boot(&[]) });
+        let result = place(&memory, &Boot { cmdline: &cmdline, ..boot(None) });
         assert!(matches!(result, Err(Error::Config { field: "cmdline", .. })));
     }
 

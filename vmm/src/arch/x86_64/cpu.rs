@@ -1,8 +1,8 @@
 //! A processor before its first instruction: CPUID, the registers of 64-bit mode, the local APIC.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry,
-    kvm_regs, kvm_segment,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs,
+    kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 

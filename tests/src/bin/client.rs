@@ -1,0 +1,68 @@
+//! Another program that uses sandboxes, for promises about what happens between processes. It prints what it
+//! sees, a line at a time, and ends when its standard input does.
+//!
+//! `cubby-test-client attached|detached|detaching NAME | endurance NAME WARM_UP TOTAL | create NAME IMAGE`
+#![forbid(unsafe_code)]
+#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
+
+use std::time::Instant;
+
+use cubby_tests::{Holdings, builder};
+use cubbyhole::{Error, Sandbox};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["attached", name] => hold(builder(name).create().await.unwrap()).await,
+        ["detached", name] => hold(builder(name).create_detached().await.unwrap()).await,
+        ["detaching", name] => {
+            let sandbox = builder(name).create().await.unwrap();
+            sandbox.clone().detach().await.unwrap();
+            hold(sandbox).await;
+        }
+        ["endurance", name, warm_up, total] => {
+            endure(name, warm_up.parse().unwrap(), total.parse().unwrap()).await;
+        }
+        ["create", name, image] => try_to_create(name, image).await,
+        _ => panic!("not a call of this program: {arguments:?}"),
+    }
+}
+
+/// Keeps a sandbox until the input ends, and then leaves it to its fate.
+async fn hold(sandbox: Sandbox) {
+    println!("{}", sandbox.name());
+    tokio::task::spawn_blocking(|| std::io::read_to_string(std::io::stdin())).await.unwrap().unwrap();
+}
+
+/// Runs commands one after another and tells what this process, the sandbox process and the agent hold.
+async fn endure(name: &str, warm_up: u32, total: u32) {
+    let sandbox = Sandbox::get(name).await.unwrap();
+    let process = cubby_tests::process(name).pid;
+    for count in 1..=total {
+        let output = sandbox.exec("echo", [count.to_string()]).await.unwrap();
+        assert_eq!(output.stdout().unwrap(), format!("{count}\n"));
+        if count == warm_up || count == total {
+            let agent = Holdings::of_agent(&sandbox).await;
+            println!("{}", Holdings::of(std::process::id()));
+            println!("{}", Holdings::of(process));
+            println!("{agent}");
+        }
+    }
+}
+
+/// Tries to create a sandbox; prints how many microseconds that took, and what came of it.
+async fn try_to_create(name: &str, image: &str) {
+    let begin = Instant::now();
+    let created = Sandbox::builder(name).image(image).create().await;
+    println!("{}", begin.elapsed().as_micros());
+    match created {
+        Ok(sandbox) => {
+            println!("created");
+            sandbox.stop().await.unwrap();
+        }
+        Err(Error::HostUnsupported { why, remedy }) => println!("unsupported\n{why}\n{remedy}"),
+        Err(error) => println!("{error:?}"),
+    }
+}

@@ -1,0 +1,141 @@
+//! Boots that cannot succeed: each ends in an error that says how far it came and what to do.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use cubby_tests::{builder, image, name, variable, within};
+use cubbyhole::{Error, ExitReason, Sandbox, Status};
+
+async fn crashed(name: &str) -> ExitReason {
+    let sandbox = Sandbox::get(name).await.unwrap();
+    assert_eq!(sandbox.status().await.unwrap(), Status::Crashed);
+    sandbox.last_exit().await.unwrap().unwrap().reason
+}
+
+/// A sandbox process that runs a copy of the real one with other variables.
+fn runtime(dir: &Path, variables: &str) -> PathBuf {
+    let (copy, script) = (dir.join("bin/cubby-sandbox"), dir.join("cubby-sandbox"));
+    fs::create_dir_all(dir.join("bin")).unwrap();
+    fs::copy(variable("CUBBY_RUNTIME"), &copy).unwrap();
+    fs::write(&script, format!("#!/bin/sh\n{variables} exec {}\n", copy.display())).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    script
+}
+
+#[tokio::test]
+async fn a_disk_that_is_no_image_fails_the_boot_where_it_is_mounted() {
+    let files = tempfile::tempdir().unwrap();
+    fs::write(files.path().join("file"), "an image of its own").unwrap();
+    let reference = format!("dir:{}", files.path().display());
+    let name = name("garbage");
+    let sandbox = within("create", builder(&name).image(&reference).create()).await.unwrap();
+    within("stop", sandbox.stop()).await.unwrap();
+    let images = cubby_image::Store::open(cubby_tests::store().home().images()).unwrap();
+    let disk = images.find(&reference.parse().unwrap()).unwrap().unwrap().disk;
+    let length = usize::try_from(fs::metadata(&disk).unwrap().len()).unwrap();
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&disk, vec![0xa5; length]).unwrap();
+
+    match within("start", Sandbox::start(&name)).await {
+        Err(Error::BootFailed { stage, message, console_tail, .. }) => {
+            assert!(stage.contains("image"), "{stage}: {message}");
+            assert!(message.contains("/dev/vda"), "{message}");
+            // The kernel says more than the agent knows.
+            assert!(console_tail.is_some_and(|tail| tail.contains("erofs")), "no word from the kernel");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(crashed(&name).await, ExitReason::BootFailed { stage } if stage.contains("image")));
+    Sandbox::remove(&name).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_boot_without_kernel_and_agent_says_where_it_looked() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = name("assetless");
+    let runtime = runtime(dir.path(), "CUBBY_ASSETS=/no/such/assets");
+    match within("create", builder(&name).runtime(&runtime).create()).await {
+        Err(Error::BootFailed { stage, message, .. }) => {
+            assert_eq!(stage, "assets");
+            let beside = dir.path().join("lib/cubby");
+            assert!(message.contains("/no/such/assets") && message.contains(beside.to_str().unwrap()), "{message}");
+            assert!(message.contains("cargo xtask install"), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(crashed(&name).await, ExitReason::BootFailed { stage: "assets".into() });
+    Sandbox::remove(&name).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_agent_that_is_none_fails_the_boot_in_the_kernel() {
+    let dir = tempfile::tempdir().unwrap();
+    let assets = dir.path().join("assets");
+    fs::create_dir(&assets).unwrap();
+    let installed = PathBuf::from(variable("CUBBY_ASSETS"));
+    let kernel = [installed.join("vmlinux"), installed.join("lib/cubby/vmlinux")];
+    fs::copy(kernel.iter().find(|path| path.exists()).unwrap(), assets.join("vmlinux")).unwrap();
+    fs::write(assets.join("cubby-agent"), "no program").unwrap();
+    let name = name("agentless");
+    let runtime = runtime(dir.path(), &format!("CUBBY_ASSETS={}", assets.display()));
+    match within("create", builder(&name).runtime(&runtime).create()).await {
+        Err(Error::BootFailed { stage, console_tail, .. }) => {
+            assert!(stage.contains("agent"), "{stage}");
+            assert!(console_tail.is_some_and(|tail| tail.contains("Kernel panic")), "no word from the kernel");
+        }
+        other => panic!("{other:?}"),
+    }
+    Sandbox::remove(&name).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_sandbox_process_that_is_not_there_is_looked_for_aloud() {
+    let name = name("processless");
+    let created = within("create", builder(&name).runtime("/no/such/cubby-sandbox").create()).await;
+    match created {
+        Err(error @ Error::RuntimeNotFound { .. }) => {
+            assert!(error.to_string().contains("/no/such/cubby-sandbox"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // Nothing was made, so nothing has to be removed.
+    assert!(matches!(Sandbox::get(&name).await, Err(Error::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn a_sandbox_process_that_dies_at_once_is_quoted() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("cubby-sandbox");
+    fs::write(&script, "#!/bin/sh\necho the reason of its death >&2\nexit 3\n").unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let name = name("stillborn");
+    let created = within("create", builder(&name).runtime(&script).create()).await;
+    let Err(Error::Process { why, .. }) = created else { panic!("{created:?}") };
+    assert!(why.contains("the reason of its death"), "{why}");
+    assert!(matches!(crashed(&name).await, ExitReason::BootFailed { .. }));
+    Sandbox::remove(&name).await.unwrap();
+}
+
+#[tokio::test]
+async fn all_mistakes_are_told_at_once_and_nothing_is_made() {
+    let wrong = Sandbox::builder("no name, this").image(image()).cpus(0).memory(1).disk(1).workdir("relative");
+    let Err(error) = wrong.env("A=B", "c").max_clients(0).create().await else { panic!("it was created") };
+    let Error::InvalidConfig(mistakes) = &error else { panic!("{error:?}") };
+    let mut fields: Vec<&str> = mistakes.iter().map(|mistake| mistake.field).collect();
+    fields.sort_unstable();
+    assert_eq!(fields, ["cpus", "disk", "env", "max_clients", "memory", "name", "workdir"]);
+    for mistake in mistakes {
+        assert!(error.to_string().contains(&mistake.to_string()));
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_is_not_there_is_an_image_error_and_leaves_no_sandbox() {
+    let name = name("imageless");
+    for reference in ["oci:/no/such/directory", "docker-archive:/no/such/file", "dir:/no/such/directory"] {
+        let created = within("create", Sandbox::builder(&name).image(reference).create()).await;
+        assert!(matches!(created, Err(Error::Image(_))), "{created:?}");
+    }
+    assert!(matches!(Sandbox::get(&name).await, Err(Error::NotFound { .. })));
+}

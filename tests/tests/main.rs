@@ -1,0 +1,16 @@
+//! What Cubbyhole promises, tried on real guests. Each file is one kind of promise; `cargo xtask test` runs them
+//! where KVM works, with an image and a registry. They are one binary, so that the image is converted once.
+#![forbid(unsafe_code)]
+
+mod boot;
+mod endurance;
+mod exec;
+mod flow;
+mod host;
+mod image;
+mod lifecycle;
+mod many;
+mod processes;
+
+/// The other program (`src/bin/client.rs`).
+const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");
