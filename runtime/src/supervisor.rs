@@ -175,7 +175,11 @@ impl Supervisor<'_> {
                     again = true;
                     break;
                 }
-                VsockEvent::Accepted { id, .. } => self.control.accept(id, &mut vsock),
+                VsockEvent::Accepted { id, .. } => {
+                    if let Err(error) = self.control.accept(id, &mut vsock) {
+                        self.boot_failed("configuration", &error.to_string());
+                    }
+                }
                 VsockEvent::Readable(id) if self.control.is(id) => self.on_control(&mut vsock),
                 VsockEvent::Writable(id) if self.control.is(id) => self.control.flush(&mut vsock),
                 VsockEvent::Closed(id, _) if self.control.is(id) => self.on_agent_lost(),
