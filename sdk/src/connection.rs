@@ -137,7 +137,11 @@ impl Connection {
 
     /// Asks the guest's agent for a sign of life.
     pub(crate) async fn ping(&self) -> Result<(), ConnectionError> {
-        self.once(|session, out| encode_raw(Kind::Ping, session, &[], out)).await.map(drop)
+        // It belongs to no session: its number is what it carries, and the answer repeats that.
+        let ping = |id: SessionId, out: &mut Vec<u8>| {
+            encode_raw(Kind::Ping, SessionId::CONNECTION, &id.0.to_le_bytes(), out)
+        };
+        self.once(ping).await.map(drop)
     }
 
     async fn once(
@@ -284,14 +288,18 @@ fn route(frame: &Frame<'_>, routes: &Routes) -> Result<(), ConnectionError> {
     if header.kind == Kind::Fatal {
         return Err(decode::<Fatal>(frame.payload())?.into());
     }
+    let id = match (header.kind, frame.payload().try_into()) {
+        (Kind::Pong, Ok(number)) => SessionId(u32::from_le_bytes(number)),
+        _ => header.session,
+    };
     let incoming = || Incoming { kind: header.kind, payload: Bytes::copy_from_slice(frame.payload()) };
     let mut routes = routes.lock();
     // A session without a route was dropped by its owner.
-    match routes.remove(&header.session) {
+    match routes.remove(&id) {
         Some(Route::Session(sender)) => {
             let open = sender.send(incoming()).is_ok();
             if open && !header.kind.ends_session() {
-                routes.insert(header.session, Route::Session(sender));
+                routes.insert(id, Route::Session(sender));
             }
         }
         Some(Route::Once(sender)) => drop(sender.send(incoming())),
