@@ -109,12 +109,11 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         happened: happened.clone(),
     }));
     let now = Instant::now();
-    let seconds = Duration::from_secs;
     let mut supervisor = Supervisor {
         status: Status::Creating,
         attached: spec.attached,
         boot_deadline: Some(now + Duration::from_millis(spec.boot_timeout_ms)),
-        lifetime: spec.config.max_duration_s.map(|limit| now + seconds(limit)),
+        lifetime: None,
         control: Control::new(config),
         ending: None,
         announced: false,
@@ -355,6 +354,7 @@ impl Supervisor<'_> {
             return;
         }
         self.last_activity = Instant::now();
+        self.lifetime = self.spec.config.max_duration_s.map(|limit| self.last_activity + Duration::from_secs(limit));
         self.relay.set_agent_ready(vsock);
         self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
     }

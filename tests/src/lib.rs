@@ -5,12 +5,14 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use cubby_state::{Home, ProcessIdentity, Store};
 use cubbyhole::{Error, ExecOutput, Sandbox, SandboxBuilder};
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::OnceCell;
@@ -25,8 +27,9 @@ pub fn image() -> String {
 
 /// A variable that tells the tests what is around them.
 pub fn variable(name: &str) -> String {
-    std::env::var(name)
-        .unwrap_or_else(|_| panic!("{name} is not set: run these tests with `cargo xtask test`, which sets it"))
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: run these tests with `cargo xtask test`, which sets it")
+    })
 }
 
 /// A sandbox's name that no other test and no other run has.
@@ -129,11 +132,7 @@ impl Holdings {
     pub fn of(pid: u32) -> Self {
         let count = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        Self {
-            anonymous_kib: anonymous_kib(&status),
-            descriptors: count("fd"),
-            threads: count("task"),
-        }
+        Self { anonymous_kib: anonymous_kib(&status), descriptors: count("fd"), threads: count("task") }
     }
 
     /// Those of the agent, as the guest tells them. What asks is in none of the counts.
@@ -159,11 +158,7 @@ impl std::str::FromStr for Holdings {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut fields = text.split(' ');
         let mut field = || fields.next().unwrap_or_default();
-        Ok(Self {
-            anonymous_kib: field().parse()?,
-            descriptors: field().parse()?,
-            threads: field().parse()?,
-        })
+        Ok(Self { anonymous_kib: field().parse()?, descriptors: field().parse()?, threads: field().parse()? })
     }
 }
 
@@ -213,10 +208,82 @@ impl Client {
     }
 }
 
-/// The directory of an `oci:` image.
-pub fn layout(reference: &str) -> PathBuf {
-    let path = reference.strip_prefix("oci:").unwrap_or_else(|| panic!("{reference} is no oci: directory"));
-    PathBuf::from(path)
+fn read_json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn blob(layout: &Path, digest: &Value) -> PathBuf {
+    layout.join("blobs").join(digest.as_str().unwrap().replace(':', "/"))
+}
+
+/// The one layer of an `oci:` image, and its configuration.
+pub fn layer(reference: &str) -> (PathBuf, Value) {
+    let layout = reference.strip_prefix("oci:").unwrap_or_else(|| panic!("{reference} is no oci: directory"));
+    let layout = Path::new(layout);
+    let index = read_json(&layout.join("index.json"));
+    let manifest = read_json(&blob(layout, &index["manifests"][0]["digest"]));
+    let layers = manifest["layers"].as_array().unwrap();
+    // Whiteouts are the image crate's to test; here a list of names is to be enough.
+    assert_eq!(layers.len(), 1, "the tests want an image of one layer");
+    (blob(layout, &layers[0]["digest"]), read_json(&blob(layout, &manifest["config"]["digest"])))
+}
+
+/// What `tar` prints about an archive.
+pub fn tar(arguments: &[&str], archive: &Path) -> String {
+    let mut command = std::process::Command::new("tar");
+    command.env("TZ", "UTC").env("LC_ALL", "C").arg("--file").arg(archive).args(arguments);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "tar: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Makes an image in a directory from a shell and some commands of the test image, with a configuration of its
+/// own, and gives its reference.
+pub fn small_image(dir: &Path, config: &Value) -> String {
+    let (root, archive) = (dir.join("root"), dir.join("layer.tar"));
+    fs::create_dir(&root).unwrap();
+    let root = root.to_str().unwrap();
+    let parts = [
+        "./bin",
+        "./lib",
+        "./lib64",
+        "./usr/lib64",
+        "./etc/passwd",
+        "./etc/group",
+        "./usr/bin/sh",
+        "./usr/bin/dash",
+        "./usr/bin/id",
+        "./usr/lib/*/ld-*",
+        "./usr/lib/*/libc.so*",
+        "./usr/lib/*/libselinux.so*",
+        "./usr/lib/*/libpcre2-8.so*",
+    ];
+    let extract = ["--extract", "--no-same-owner", "--wildcards", "--directory", root];
+    tar(&[&extract[..], &parts].concat(), &layer(&image()).0);
+    tar(&["--create", "--owner=0", "--group=0", "--directory", root, "."], &archive);
+    let blobs = dir.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    let add = |media_type: &str, bytes: &[u8]| {
+        let digest = cubby_image::Digest::sha256(bytes);
+        fs::write(blobs.join(digest.hex()), bytes).unwrap();
+        json!({
+            "mediaType": format!("application/vnd.oci.image.{media_type}"),
+            "digest": digest.to_string(),
+            "size": bytes.len(),
+        })
+    };
+    let layer = add("layer.v1.tar", &fs::read(&archive).unwrap());
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": config,
+        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+    });
+    let config = add("config.v1+json", config.to_string().as_bytes());
+    let manifest = json!({ "schemaVersion": 2, "config": config, "layers": [layer] });
+    let manifest = add("manifest.v1+json", manifest.to_string().as_bytes());
+    let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
+    fs::write(dir.join("index.json"), index.to_string()).unwrap();
+    fs::write(dir.join("oci-layout"), json!({ "imageLayoutVersion": "1.0.0" }).to_string()).unwrap();
+    format!("oci:{}", dir.display())
 }
 
 /// Whether this is an `InvalidState` of the given state.

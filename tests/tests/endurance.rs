@@ -18,7 +18,9 @@ async fn a_thousand_commands_take_no_memory_descriptors_or_threads() {
     }
     client.finish().await;
     let (early, late) = holdings.split_at(3);
-    for ((who, early), late) in ["the application", "the sandbox process", "the agent"].iter().zip(early).zip(late) {
+    for ((who, early), late) in
+        ["the application", "the sandbox process", "the agent"].iter().zip(early).zip(late)
+    {
         println!("{who}: {early:?}, later {late:?}");
         assert_eq!(early.descriptors, late.descriptors, "{who}'s descriptors");
         assert_eq!(early.threads, late.threads, "{who}'s threads");

@@ -84,7 +84,8 @@ async fn environment_directory_and_user_are_the_commands_own() {
     assert_eq!(output.stdout().unwrap(), "a b\n$c 'ü'\n/usr/lib\n5\n60\n/usr/games\n");
     let ids = sandbox.exec_with("id", |options| options.args(["-u", "-n"]).user("33:100"));
     assert_eq!(within("exec", ids).await.unwrap().stdout().unwrap(), "www-data\n");
-    let output = within("exec", sandbox.exec_with("id", |options| options.args(["-g"]).user("33:100"))).await.unwrap();
+    let output =
+        within("exec", sandbox.exec_with("id", |options| options.args(["-g"]).user("33:100"))).await.unwrap();
     assert_eq!(output.stdout().unwrap(), "100\n");
     // The next command knows nothing of them.
     assert_eq!(shell(&sandbox, "echo \"[$GREETING]\"; pwd; id -un").await, "[]\n/\nroot\n");
@@ -94,7 +95,8 @@ async fn environment_directory_and_user_are_the_commands_own() {
 async fn standard_input_arrives_byte_for_byte() {
     let sandbox = shared().await;
     // Every byte value, and no period that a buffer's size could hide.
-    let bytes: Vec<u8> = (0..1_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect();
+    let bytes: Vec<u8> =
+        (0..1_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect();
     let output = sandbox.exec_with("cat", |options| options.stdin(bytes.clone()));
     let output = within("cat", output).await.unwrap();
     assert!(output.stdout_bytes() == bytes, "cat changed its input");

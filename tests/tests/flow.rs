@@ -60,9 +60,13 @@ async fn a_hundred_mebibytes_come_through_unchanged() {
 #[tokio::test]
 async fn both_streams_carry_any_byte_at_once() {
     let sandbox = shared().await;
-    let both = format!("import threading\ndef run(code): exec(code, {{}})\n\
+    let both = format!(
+        "import threading\ndef run(code): exec(code, {{}})\n\
          threads = [threading.Thread(target=run, args=(code,)) for code in ({:?}, {:?})]\n\
-         [t.start() for t in threads]; [t.join() for t in threads]", program(3, 1), program(2, 2));
+         [t.start() for t in threads]; [t.join() for t in threads]",
+        program(3, 1),
+        program(2, 2)
+    );
     let output = within("exec", sandbox.exec("python3", ["-c", &both])).await.unwrap();
     assert!(output.success(), "{}", String::from_utf8_lossy(output.stderr_bytes()));
     assert!(output.stdout_bytes() == [expected(0), expected(1), expected(2)].concat());
@@ -139,7 +143,8 @@ async fn two_clients_and_their_sessions_are_never_mixed_up() {
             let output = within("exec", sandbox.exec("echo", [who, &number.to_string()])).await.unwrap();
             assert_eq!(output.stdout().unwrap(), expected);
         }
-        let mut handle = within("start", sandbox.exec_stream("python3", ["-c", &program(4, 1)])).await.unwrap();
+        let mut handle =
+            within("start", sandbox.exec_stream("python3", ["-c", &program(4, 1)])).await.unwrap();
         compare(&mut handle, 4).await;
     };
     tokio::join!(run(&first, "first"), run(&second, "second"), run(&first, "third"), run(&second, "fourth"));
@@ -165,7 +170,9 @@ async fn what_a_client_leaves_behind_ends_with_it() {
     let sandbox = sandbox("deserted").await;
     let client = Sandbox::get(sandbox.name()).await.unwrap();
     let mut handle = within("start", client.exec_stream("sleep", ["86405"])).await.unwrap();
-    let Some(Ok(ExecEvent::Started { pid })) = within("start", handle.next()).await else { panic!("no start") };
+    let Some(Ok(ExecEvent::Started { pid })) = within("start", handle.next()).await else {
+        panic!("no start")
+    };
     drop((handle, client));
     until("the end of the command", async || {
         shell(&sandbox, &format!("test -d /proc/{pid} || echo gone")).await == "gone\n"

@@ -1,38 +1,11 @@
 //! The guest sees the image: every file with its kind, mode, owner, size, time, target, links and bytes.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cubby_tests::{builder, discard, image, layout, name, shared, shell, variable, within};
+use cubby_tests::{builder, discard, image, layer, name, shared, shell, small_image, tar, variable, within};
 use cubbyhole::Sandbox;
-use serde_json::Value;
-
-fn json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn blob(layout: &Path, digest: &Value) -> PathBuf {
-    layout.join("blobs").join(digest.as_str().unwrap().replace(':', "/"))
-}
-
-/// The image's one layer, and its configuration.
-fn layer(layout: &Path) -> (PathBuf, Value) {
-    let index = json(&layout.join("index.json"));
-    let manifest = json(&blob(layout, &index["manifests"][0]["digest"]));
-    let layers = manifest["layers"].as_array().unwrap();
-    // Whiteouts are the image crate's to test; here a list of names is to be enough.
-    assert_eq!(layers.len(), 1, "this test wants an image of one layer");
-    (blob(layout, &layers[0]["digest"]), json(&blob(layout, &manifest["config"]["digest"])))
-}
-
-fn tar(arguments: &[&str], layer: &Path) -> String {
-    let mut command = Command::new("tar");
-    command.env("TZ", "UTC").env("LC_ALL", "C").args(arguments).arg("--file").arg(layer);
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "tar: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
+use serde_json::json;
 
 /// `kind and mode, owner, size, time, links, target` of each path, as `tar` lists an archive.
 fn listed(listing: &str) -> BTreeMap<String, String> {
@@ -64,8 +37,11 @@ fn listed(listing: &str) -> BTreeMap<String, String> {
         let size = if mode.starts_with('-') { size } else { "" };
         entries.insert(absolute(name), format!("{mode} {owner} {size} {date} {time} [{target}]"));
     }
-    let counts: HashMap<String, u32> =
-        links.iter().filter(|(name, (original, _))| *name == original).map(|(name, (_, count))| (name.clone(), *count)).collect();
+    let counts: HashMap<String, u32> = links
+        .iter()
+        .filter(|(name, (original, _))| *name == original)
+        .map(|(name, (_, count))| (name.clone(), *count))
+        .collect();
     for (name, (original, _)) in &links {
         entries.insert(name.clone(), entries[original].clone());
     }
@@ -98,8 +74,9 @@ fn found(listing: &str) -> BTreeMap<String, String> {
 async fn a_guest_sees_its_image_entry_by_entry_and_byte_by_byte() {
     // A sandbox that nobody has written to.
     let sandbox = within("create", builder(&name("image")).create()).await.unwrap();
-    let (layer, _) = layer(&layout(&image()));
-    let listing = tar(&["--list", "--verbose", "--numeric-owner", "--full-time", "--quoting-style=literal"], &layer);
+    let (layer, _) = layer(&image());
+    let listing =
+        tar(&["--list", "--verbose", "--numeric-owner", "--full-time", "--quoting-style=literal"], &layer);
     let mut expected = listed(&listing);
     let mut seen = found(&shell(&sandbox, &format!("export TZ=UTC; {FIND}")).await);
     // What the guest has mounted, and what is mounted over the image, is not the image's.
@@ -116,15 +93,20 @@ async fn a_guest_sees_its_image_entry_by_entry_and_byte_by_byte() {
         .keys()
         .chain(seen.keys())
         .filter(|path| expected.get(*path) != seen.get(*path))
-        .map(|path| format!("{path}: {:?} in the image, {:?} in the guest", expected.get(path), seen.get(path)))
+        .map(|path| {
+            format!("{path}: {:?} in the image, {:?} in the guest", expected.get(path), seen.get(path))
+        })
         .take(20)
         .collect();
     assert!(different.is_empty(), "{}", different.join("\n"));
 
     let directory = tempfile::tempdir().unwrap();
     let into = directory.path().to_str().unwrap();
-    tar(&["--extract", "--no-same-owner", "--directory", into, "./usr/bin", "./usr/lib/python3", "./var/lib/dpkg"], &layer);
-    let sums = "find usr/bin usr/lib/python3 var/lib/dpkg -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum";
+    tar(
+        &["--extract", "--no-same-owner", "--directory", into, "./usr/bin", "./usr/sbin", "./var/lib/dpkg"],
+        &layer,
+    );
+    let sums = "find usr/bin usr/sbin var/lib/dpkg -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum";
     let ours = Command::new("sh").args(["-c", sums]).current_dir(directory.path()).output().unwrap();
     let ours = String::from_utf8(ours.stdout).unwrap();
     assert!(ours.lines().count() > 300, "only {} files were compared", ours.lines().count());
@@ -135,20 +117,39 @@ async fn a_guest_sees_its_image_entry_by_entry_and_byte_by_byte() {
 #[tokio::test]
 async fn an_image_says_how_its_commands_are_run() {
     let sandbox = shared().await;
-    let (_, config) = layer(&layout(&image()));
+    let (_, config) = layer(&image());
     let environment = config["config"]["Env"].as_array().unwrap();
     assert!(!environment.is_empty());
     let seen = shell(&sandbox, "env").await;
     for variable in environment {
         assert!(seen.lines().any(|line| Some(line) == variable.as_str()), "{variable} is not in {seen}");
     }
-    assert_eq!(shell(&sandbox, "pwd").await.trim_end(), config["config"]["WorkingDir"].as_str().unwrap_or("/"));
+    assert_eq!(
+        shell(&sandbox, "pwd").await.trim_end(),
+        config["config"]["WorkingDir"].as_str().unwrap_or("/")
+    );
+}
+
+#[tokio::test]
+async fn what_an_image_says_of_its_commands_holds_unless_somebody_says_otherwise() {
+    let files = tempfile::tempdir().unwrap();
+    let config = json!({ "Env": ["PATH=/usr/bin", "ONE=1 = one", "TWO=2"], "WorkingDir": "/usr/bin", "User": "games" });
+    let reference = small_image(files.path(), &config);
+    let script = "pwd; id -un; echo \"$ONE $TWO\"";
+    let sandbox = within("create", builder(&name("defaults")).image(&reference).create()).await.unwrap();
+    assert_eq!(shell(&sandbox, script).await, "/usr/bin\ngames\n1 = one 2\n");
+    discard(sandbox).await;
+    let other = builder(&name("overridden")).image(&reference).env("TWO", "two").workdir("/").user("root");
+    let other = within("create", other.create()).await.unwrap();
+    assert_eq!(shell(&other, script).await, "/\nroot\n1 = one two\n");
+    discard(other).await;
 }
 
 #[tokio::test]
 async fn an_image_is_pulled_by_reference_from_a_registry() {
     let reference = variable("CUBBY_TEST_REFERENCE");
-    let sandbox = within("create", Sandbox::builder(name("pulled")).image(&reference).memory(192).create()).await;
+    let sandbox =
+        within("create", Sandbox::builder(name("pulled")).image(&reference).memory(192).create()).await;
     let sandbox = sandbox.unwrap();
     assert_eq!(shell(&sandbox, "python3 -c 'print(6 * 7)'").await, "42\n");
     discard(sandbox).await;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use cubby_tests::{builder, discard, gone, name, process, python, refused_as, sandbox, shell, store, until, within};
+use cubby_tests::{
+    builder, discard, gone, name, process, python, refused_as, sandbox, shell, store, until, within,
+};
 use cubbyhole::{Error, ExecEvent, ExitReason, ExitStatus, Sandbox, Status};
 
 async fn reason(sandbox: &Sandbox) -> ExitReason {
@@ -28,7 +30,11 @@ async fn what_was_written_is_there_after_stop_and_start() {
 
     let again = within("start", Sandbox::start(&name)).await.unwrap();
     assert_ne!(process(&name), before);
-    let seen = shell(&again, "cat /srv/own/link /etc/issue; stat -c '%U:%G %a' /srv/own/note /srv/own; ls /etc/motd 2>&1 || true").await;
+    let seen = shell(
+        &again,
+        "cat /srv/own/link /etc/issue; stat -c '%U:%G %a' /srv/own/note /srv/own; ls /etc/motd 2>&1 || true",
+    )
+    .await;
     assert_eq!(
         seen,
         "kept\nchanged\ngames:www-data 644\nroot:root 751\nls: cannot access '/etc/motd': No such file or directory\n"
@@ -108,10 +114,12 @@ async fn names_are_taken_found_listed_and_free_again() {
 #[tokio::test]
 async fn a_paused_guest_stands_still_and_goes_on_where_it_was() {
     let sandbox = sandbox("paused").await;
-    let program = "import time\nn = 0\nwhile True:\n    n += 1\n    print(n, flush=True)\n    time.sleep(0.01)";
+    let program =
+        "import time\nn = 0\nwhile True:\n    n += 1\n    print(n, flush=True)\n    time.sleep(0.01)";
     let mut counter = within("start", sandbox.exec_stream("python3", ["-c", program])).await.unwrap();
     let mut text = String::new();
-    let mut read = async |text: &mut String| match within("a number", counter.next()).await.unwrap().unwrap() {
+    let mut read = async |text: &mut String| match within("a number", counter.next()).await.unwrap().unwrap()
+    {
         ExecEvent::Stdout(bytes) => text.push_str(std::str::from_utf8(&bytes).unwrap()),
         ExecEvent::Started { .. } => {}
         other => panic!("{other:?}"),
@@ -204,7 +212,8 @@ async fn an_idle_sandbox_ends_and_a_busy_one_does_not() {
 async fn a_sandbox_ends_when_its_time_is_up_and_keeps_what_was_written() {
     let name = name("aged");
     let sandbox = within("create", builder(&name).max_duration(3).create()).await.unwrap();
-    let mut busy = within("start", sandbox.shell_stream("echo kept > /root/note; sleep 86407")).await.unwrap();
+    let mut busy =
+        within("start", sandbox.shell_stream("echo kept > /root/note; sleep 86407")).await.unwrap();
     assert_eq!(reason(&sandbox).await, ExitReason::MaxDuration);
     assert_eq!(sandbox.status().await.unwrap(), Status::Stopped);
     // It was ended by a signal, or by the sandbox's end; it did not go on.

@@ -110,6 +110,8 @@ fn command(mode: Mode, kernel: &Path, dir: &Path, port: u16) -> Command {
         .arg(kernel)
         .arg("-initrd")
         .arg(dir.join("initramfs"))
-        .args(["-append", "console=ttyS0 panic=-1 quiet nokaslr mitigations=off"]);
+        // On a busy computer the emulated clocks drift against each other, and the kernel takes the TSC for
+        // unstable. KVM then moves its guests' TSC about, and a timer that was set by it never fires.
+        .args(["-append", "console=ttyS0 panic=-1 quiet nokaslr mitigations=off tsc=reliable"]);
     qemu
 }
