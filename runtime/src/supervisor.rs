@@ -354,7 +354,8 @@ impl Supervisor<'_> {
             return;
         }
         self.last_activity = Instant::now();
-        self.lifetime = self.spec.config.max_duration_s.map(|limit| self.last_activity + Duration::from_secs(limit));
+        self.lifetime =
+            self.spec.config.max_duration_s.map(|limit| self.last_activity + Duration::from_secs(limit));
         self.relay.set_agent_ready(vsock);
         self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
     }
