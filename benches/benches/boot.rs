@@ -41,8 +41,9 @@ async fn measure(boots: usize) -> Result<Samples, Error> {
         .expect("CUBBY_TEST_IMAGE is not set: run this with `cargo xtask bench`, which sets it");
     let mut samples = Samples::default();
     boot(&image, &mut Samples::default()).await?;
-    for _ in 0..boots {
+    for round in 1..=boots {
         boot(&image, &mut samples).await?;
+        eprintln!("boot {round} of {boots}");
     }
     Ok(samples)
 }

@@ -100,18 +100,15 @@ impl Vm {
         self.vcpus.iter().for_each(VcpuThread::resume);
     }
 
-    /// Takes every vCPU out of the guest and waits until they are. Devices answer what they have begun
-    /// and then have nothing to do, since nobody kicks them.
+    /// Takes every vCPU out of the guest and waits until they are, and until the disks have answered what they
+    /// had begun. Then nobody kicks any device. Those on the embedder's loop are quiet as long as it is here.
     pub fn pause(&self) {
         let parked: Vec<_> = self.vcpus.iter().map(VcpuThread::park).collect();
         for vcpu in parked {
             // The answer is the channel's end.
             let _ = vcpu.recv();
         }
-        for transport in &self.bus.virtio {
-            let device = lock(transport).device().clone();
-            drop(lock(&device));
-        }
+        self.disks.iter().for_each(Worker::finish_round);
     }
 
     /// How the VM ended, once it has.
