@@ -24,7 +24,6 @@ use crate::{disk, kernel, memory, probe, sys};
 pub struct Vm {
     vcpus: Vec<VcpuThread>,
     exit: Arc<ExitSlot>,
-    bus: Arc<Bus>,
     vsock: Option<Arc<Mutex<Vsock>>>,
     phases: [(&'static str, Instant); 3],
     console: ConsoleLog,
@@ -92,7 +91,7 @@ impl Vm {
         let exit = Arc::new(ExitSlot::new().map_err(Error::resource("the exit event"))?);
         let vcpus = start_vcpus(&kvm, &vm, config.vcpus, loaded.entry, &bus, &exit)?;
         let phases = [("kvm", kvm_done), ("load", load_done), ("devices", Instant::now())];
-        Ok(Self { vcpus, exit, bus, vsock, phases, console, disks: workers, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, exit, vsock, phases, console, disks: workers, _vm: vm, _memory: memory })
     }
 
     /// Lets every vCPU run.
