@@ -23,6 +23,8 @@ pub(crate) fn reason(evidence: &Evidence<'_>) -> ExitReason {
         // Somebody wanted it gone, and the way it went does not matter any more.
         (Exit::Killed, Some(cause)) => cause.clone(),
         (Exit::PowerOff, Some(cause)) if evidence.announced => cause.clone(),
+        // The agent has said which step of the boot failed; how it ended after that says less.
+        (_, Some(cause @ ExitReason::BootFailed { .. })) => cause.clone(),
         _ => match evidence.boot_stage {
             Some(stage) => ExitReason::BootFailed { stage: stage.into() },
             None => crash(evidence),
@@ -75,6 +77,8 @@ mod tests {
     fn an_end_before_ready_is_a_failed_boot_unless_somebody_wanted_it() {
         let booting = Evidence { boot_stage: Some("kernel"), ..evidence(&Exit::Reset) };
         assert_eq!(reason(&booting), ExitReason::BootFailed { stage: "kernel".into() });
+        let told = ExitReason::BootFailed { stage: "image mount".into() };
+        assert_eq!(reason(&Evidence { cause: Some(&told), ..booting }), told);
         let killed = ExitReason::Killed;
         let wanted = Evidence { boot_stage: Some("kernel"), cause: Some(&killed), ..evidence(&Exit::Killed) };
         assert_eq!(reason(&wanted), ExitReason::Killed);

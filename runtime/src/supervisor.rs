@@ -155,8 +155,8 @@ impl Supervisor<'_> {
         inbox: SubscriberId,
     ) -> Result<bool, String> {
         let mut ops = events.event_ops(inbox).map_err(|error| format!("{error:?}"))?;
-        let vsock = self.vsock.clone();
-        let mut vsock = vsock.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = self.vsock.clone();
+        let mut vsock = shared.lock().unwrap_or_else(PoisonError::into_inner);
         for event in happened {
             match event.data() {
                 EXIT => {}
@@ -193,11 +193,13 @@ impl Supervisor<'_> {
         }
         let mut asked = Vec::new();
         again |= self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        // A pause waits until no vCPU is in a device, and one may be waiting for this.
+        drop(vsock);
         for asked in asked {
             again = true;
-            self.on_request(asked, &mut vsock);
+            self.on_request(asked);
         }
-        self.on_time(&mut vsock);
+        self.on_time(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
         Ok(again)
     }
 
@@ -231,7 +233,9 @@ impl Supervisor<'_> {
         }
     }
 
-    fn on_request(&mut self, asked: Asked, vsock: &mut Vsock) {
+    fn on_request(&mut self, asked: Asked) {
+        let shared = self.vsock.clone();
+        let vsock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = match asked.call.request {
             Request::Status => Ok(Some(Reply::Status(SandboxStatus {
                 state: self.status.to_string(),
@@ -248,16 +252,16 @@ impl Supervisor<'_> {
                 Some(Reply::Done)
             }),
             Request::Resume => self.apply(Event::Resume).map(|()| {
-                self.unfreeze(vsock);
+                self.unfreeze(&mut vsock());
                 Some(Reply::Done)
             }),
             Request::Drain { deadline_ms } => {
                 let deadline = deadline_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
-                self.drain(Event::Drain, ExitReason::Drained, deadline, vsock).map(|()| None)
+                self.drain(Event::Drain, ExitReason::Drained, deadline, &mut vsock()).map(|()| None)
             }
             Request::Stop { timeout_ms } => {
                 let timeout = Duration::from_millis(timeout_ms);
-                self.stop(Event::Stop, ExitReason::Requested, timeout, vsock).map(|()| None)
+                self.stop(Event::Stop, ExitReason::Requested, timeout, &mut vsock()).map(|()| None)
             }
             Request::Kill => match self.status.after(Event::Kill) {
                 Ok(_) => {
