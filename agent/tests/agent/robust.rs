@@ -31,7 +31,6 @@ fn bad_frames_end_their_sender_alone() {
         header(0, 0x48, 1, 1),        // reserved bits
         header(0, 0x40, 0, 1),        // an Open without a message
         header(0, 0x40, 0, 0),        // a session frame on the connection
-        header(0, 0x03, 0, 5),        // a connection frame on a session
         header(0, 0x44, 0, 1),        // the agent's own frame
         header(0, 0x10, 0, 0),        // the control connection's frame
         header(0, 0x4b, 0, 7),        // Credit without a message, for no session
