@@ -244,7 +244,8 @@ impl Client {
         }
         let on_connection = id == SessionId::CONNECTION;
         match kind {
-            Kind::Ping if on_connection => self.output.urgent(Kind::Pong, payload)?,
+            // Whoever asks may number its questions.
+            Kind::Ping => self.output.urgent(Kind::Pong, id, payload)?,
             Kind::Pong if on_connection => {}
             Kind::Fatal => return Err(Drop::Gone),
             Kind::Open if !on_connection => self.open(id, &decode(payload)?, shared),

@@ -203,7 +203,7 @@ impl Control {
 
 fn obey(frame: Frame<'_>, output: &mut Output, grace: &mut Option<Duration>) -> Result<(), FrameError> {
     match frame.header.kind {
-        Kind::Ping => output.urgent(Kind::Pong, frame.payload())?,
+        Kind::Ping => output.urgent(Kind::Pong, frame.header.session, frame.payload())?,
         Kind::Shutdown => {
             let shutdown: Shutdown = decode(frame.payload())?;
             *grace = Some(Duration::from_millis(shutdown.grace_ms.into()));

@@ -60,8 +60,8 @@ impl Output {
     }
 
     /// Adds a frame that leaves before everything else but the frame that is being written.
-    pub fn urgent(&mut self, kind: Kind, payload: &[u8]) -> Result<(), FrameError> {
-        encode_raw(kind, SessionId::CONNECTION, payload, &mut self.urgent)
+    pub fn urgent(&mut self, kind: Kind, session: SessionId, payload: &[u8]) -> Result<(), FrameError> {
+        encode_raw(kind, session, payload, &mut self.urgent)
     }
 
     /// Room for a payload of up to `size` bytes; [`Self::commit`] makes a frame of what was filled.
@@ -162,7 +162,7 @@ mod tests {
             output.commit(Kind::Stdout, SessionId(id), CHUNK);
         }
         assert_eq!(output.flush(&ours), Ok(false));
-        output.urgent(Kind::Pong, b"now").unwrap();
+        output.urgent(Kind::Pong, SessionId::CONNECTION, b"now").unwrap();
         let (mut decoder, mut order, mut buffer) = (Decoder::default(), Vec::new(), vec![0; 1 << 16]);
         while order.len() < 31 {
             output.flush(&ours).unwrap();

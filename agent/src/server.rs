@@ -25,7 +25,7 @@ use crate::sys;
 use crate::token::Token;
 
 /// How many clients the agent takes.
-pub const MAX_CLIENTS: u16 = 64;
+pub const MAX_CLIENTS: u16 = 1000;
 
 const SIGKILL: i32 = 9;
 

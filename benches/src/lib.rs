@@ -1,1 +1,8 @@
-//! benches
+//! What the benchmarks share: samples with their percentiles, and the report as text, JSON and a picture.
+#![forbid(unsafe_code)]
+
+mod picture;
+mod samples;
+
+pub use picture::boot_picture;
+pub use samples::{Report, Samples, Summary};

@@ -38,7 +38,7 @@ kinds! {
     Hello = 0x01,
     /// The sender cannot go on and closes the connection: [`crate::message::Fatal`].
     Fatal = 0x02,
-    /// Asks the peer for a [`Kind::Pong`] with the same payload.
+    /// Asks the peer for a [`Kind::Pong`] with the same session and payload; the session need not be open.
     Ping = 0x03,
     /// Answers a [`Kind::Ping`].
     Pong = 0x04,

@@ -17,6 +17,7 @@
 //! What this crate refuses: a frame over [`MAX_FRAME`] bytes, an unknown kind, reserved bits that are set, a
 //! message with bytes left over, a peer of another version. Each is a value of [`FrameError`]; nothing panics.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
 mod codec;
 mod frame;

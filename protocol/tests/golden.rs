@@ -1,4 +1,5 @@
 //! The bytes of every message, pinned: a change here is a change of the protocol's version.
+#![allow(clippy::indexing_slicing, clippy::unwrap_used)]
 use cubby_protocol::message::*;
 use cubby_protocol::{FrameError, Kind, SessionId, decode, encode};
 use serde::{Serialize, de::DeserializeOwned};

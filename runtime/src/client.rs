@@ -16,6 +16,9 @@ use serde::Serialize;
 /// Bytes forwarded from the guest for one client before the others have their turn.
 const TURN: usize = 1 << 20;
 
+/// Bytes of unread answers after which a client's frames wait.
+const MAX_OWN: usize = 64 << 10;
+
 /// What a client may do now.
 #[derive(Clone, Debug)]
 pub(crate) enum Gate {
@@ -165,7 +168,8 @@ impl Client {
         calls: &mut Vec<Call>,
     ) -> Result<(), Gone> {
         loop {
-            if !self.flush_to_guest(vsock) {
+            // A client that does not read its answers is not listened to.
+            if !self.flush_to_guest(vsock) || self.own.len() > MAX_OWN {
                 return Ok(());
             }
             // The decoder is taken out for as long as a frame of its buffer is looked at.

@@ -37,15 +37,20 @@ impl Control {
     }
 
     /// The agent connected. A second connection is refused: the first one is PID 1's.
-    pub(crate) fn accept(&mut self, id: StreamId, vsock: &mut Vsock) {
+    ///
+    /// # Errors
+    /// [`FrameError::DoesNotFit`] for a configuration that is too large.
+    pub(crate) fn accept(&mut self, id: StreamId, vsock: &mut Vsock) -> Result<(), FrameError> {
         if self.stream.is_some() {
             vsock.reset(id);
-            return;
+            return Ok(());
         }
         self.stream = Some(id);
         self.out.extend_from_slice(&Hello::OURS.to_frame());
         let config = std::mem::take(&mut self.config);
-        self.send(Kind::Configure, &config, vsock);
+        encode(Kind::Configure, SessionId::CONNECTION, &config, &mut self.out)?;
+        self.flush(vsock);
+        Ok(())
     }
 
     pub(crate) fn shut_down(&mut self, grace_ms: u32, vsock: &mut Vsock) {
@@ -57,7 +62,7 @@ impl Control {
     }
 
     fn send(&mut self, kind: Kind, message: &impl Serialize, vsock: &mut Vsock) {
-        // A configuration that is too large was refused by the SDK; the others are a few bytes.
+        // A few bytes always fit.
         let _ = encode(kind, SessionId::CONNECTION, message, &mut self.out);
         self.flush(vsock);
     }

@@ -174,7 +174,11 @@ impl Supervisor<'_> {
                     again = true;
                     break;
                 }
-                VsockEvent::Accepted { id, .. } => self.control.accept(id, &mut vsock),
+                VsockEvent::Accepted { id, .. } => {
+                    if let Err(error) = self.control.accept(id, &mut vsock) {
+                        self.boot_failed("configuration", &error.to_string());
+                    }
+                }
                 VsockEvent::Readable(id) if self.control.is(id) => self.on_control(&mut vsock),
                 VsockEvent::Writable(id) if self.control.is(id) => self.control.flush(&mut vsock),
                 VsockEvent::Closed(id, _) if self.control.is(id) => self.on_agent_lost(),
@@ -354,7 +358,8 @@ impl Supervisor<'_> {
             return;
         }
         self.last_activity = Instant::now();
-        self.lifetime = self.spec.config.max_duration_s.map(|limit| self.last_activity + Duration::from_secs(limit));
+        self.lifetime =
+            self.spec.config.max_duration_s.map(|limit| self.last_activity + Duration::from_secs(limit));
         self.relay.set_agent_ready(vsock);
         self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
     }

@@ -6,12 +6,14 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use cubby_protocol::message::{Fatal, Reply, Request, Signal};
-use cubby_protocol::{Decoder, Frame, FrameError, Hello, Kind, SessionId, decode, encode, encode_raw};
+use cubby_protocol::{
+    Decoder, Frame, FrameError, Hello, INITIAL_WINDOW, Kind, SessionId, decode, encode, encode_raw,
+};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -78,8 +80,32 @@ impl Drop for Connection {
 struct Routes(Mutex<HashMap<SessionId, Route>>);
 
 enum Route {
-    Session(mpsc::UnboundedSender<Incoming>),
+    Session(mpsc::UnboundedSender<Incoming>, Arc<Unread>),
     Once(oneshot::Sender<Incoming>),
+}
+
+/// What a session's reader has not taken yet. The guest is not trusted to keep to its window.
+#[derive(Default)]
+struct Unread {
+    frames: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl Unread {
+    /// Counts a frame that came. Whether the window allows it: every frame of data has a byte or more.
+    fn add(&self, incoming: &Incoming) -> bool {
+        const WINDOW: usize = INITIAL_WINDOW as usize;
+        /// Frames that carry no data: Started, credits, the end.
+        const OTHERS: usize = 4096;
+        let frames = self.frames.fetch_add(1, Ordering::Relaxed) + 1;
+        let bytes = self.bytes.fetch_add(incoming.payload.len(), Ordering::Relaxed) + incoming.payload.len();
+        frames <= WINDOW + OTHERS && bytes <= WINDOW + OTHERS
+    }
+
+    fn take(&self, incoming: &Incoming) {
+        self.frames.fetch_sub(1, Ordering::Relaxed);
+        self.bytes.fetch_sub(incoming.payload.len(), Ordering::Relaxed);
+    }
 }
 
 impl Routes {
@@ -137,11 +163,7 @@ impl Connection {
 
     /// Asks the guest's agent for a sign of life.
     pub(crate) async fn ping(&self) -> Result<(), ConnectionError> {
-        // It belongs to no session: its number is what it carries, and the answer repeats that.
-        let ping = |id: SessionId, out: &mut Vec<u8>| {
-            encode_raw(Kind::Ping, SessionId::CONNECTION, &id.0.to_le_bytes(), out)
-        };
-        self.once(ping).await.map(drop)
+        self.once(|session, out| encode_raw(Kind::Ping, session, &[], out)).await.map(drop)
     }
 
     async fn once(
@@ -165,8 +187,9 @@ impl Connection {
         message: &impl Serialize,
     ) -> Result<Session, ConnectionError> {
         let (sender, incoming) = mpsc::unbounded_channel();
-        let id = self.register(Route::Session(sender));
-        let session = Session { connection: self.clone(), id, incoming };
+        let unread = Arc::<Unread>::default();
+        let id = self.register(Route::Session(sender, unread.clone()));
+        let session = Session { connection: self.clone(), id, incoming, unread };
         session.send(Kind::Open, message).await?;
         Ok(session)
     }
@@ -197,6 +220,7 @@ pub(crate) struct Session {
     connection: Arc<Connection>,
     id: SessionId,
     incoming: mpsc::UnboundedReceiver<Incoming>,
+    unread: Arc<Unread>,
 }
 
 impl Session {
@@ -207,7 +231,10 @@ impl Session {
     /// The next frame; an error when the connection ended before the session did.
     pub(crate) async fn next(&mut self) -> Result<Incoming, ConnectionError> {
         match self.incoming.recv().await {
-            Some(incoming) => Ok(incoming),
+            Some(incoming) => {
+                self.unread.take(&incoming);
+                Ok(incoming)
+            }
             None => Err(self.connection.wait_ended().await),
         }
     }
@@ -288,18 +315,19 @@ fn route(frame: &Frame<'_>, routes: &Routes) -> Result<(), ConnectionError> {
     if header.kind == Kind::Fatal {
         return Err(decode::<Fatal>(frame.payload())?.into());
     }
-    let id = match (header.kind, frame.payload().try_into()) {
-        (Kind::Pong, Ok(number)) => SessionId(u32::from_le_bytes(number)),
-        _ => header.session,
-    };
     let incoming = || Incoming { kind: header.kind, payload: Bytes::copy_from_slice(frame.payload()) };
     let mut routes = routes.lock();
     // A session without a route was dropped by its owner.
-    match routes.remove(&id) {
-        Some(Route::Session(sender)) => {
-            let open = sender.send(incoming()).is_ok();
+    match routes.remove(&header.session) {
+        Some(Route::Session(sender, unread)) => {
+            let incoming = incoming();
+            if !unread.add(&incoming) {
+                let why = "the guest sent more than the session's window".to_owned();
+                return Err(FrameError::Malformed { what: "session frame", why }.into());
+            }
+            let open = sender.send(incoming).is_ok();
             if open && !header.kind.ends_session() {
-                routes.insert(id, Route::Session(sender));
+                routes.insert(header.session, Route::Session(sender, unread));
             }
         }
         Some(Route::Once(sender)) => drop(sender.send(incoming())),

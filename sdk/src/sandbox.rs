@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use cubby_protocol::message::{Reply, Request};
-use cubby_state::{Event, ExitReport, Record, SandboxName, Status, StoreError};
+use cubby_state::{Event, ExitReport, ProcessIdentity, Record, SandboxName, Status, StoreError};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::Mutex;
 
 use crate::builder::{SandboxBuilder, bring_up};
@@ -184,9 +185,43 @@ impl Sandbox {
         self.end(Request::Stop { timeout_ms }, Event::Stop).await
     }
 
-    /// Ends the sandbox at once, as if its power were cut.
+    /// Ends the sandbox at once, as if its power were cut. A sandbox process that does not answer within half
+    /// a second is killed itself.
     pub async fn kill(&self) -> R<()> {
-        self.end(Request::Kill, Event::Kill).await
+        const PATIENCE: Duration = Duration::from_millis(500);
+        match tokio::time::timeout(PATIENCE, self.end(Request::Kill, Event::Kill)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error @ Error::InvalidState { .. })) if !self.record()?.status.is_live() => Err(error),
+            // Booting, at its limit of clients, of another version, or stuck.
+            Ok(Err(_)) | Err(_) => self.kill_process().await,
+        }
+    }
+
+    /// Kills the sandbox process and waits until it is gone.
+    async fn kill_process(&self) -> R<()> {
+        let record = self.record()?;
+        self.context.store.request_kill(record.run.id).map_err(|error| Error::store(&self.name, error))?;
+        let failed = |error: rustix::io::Errno| Error::Process {
+            name: self.name().into(),
+            why: format!("cannot kill it: {error}"),
+        };
+        let pid = record.run.process.as_ref().filter(|process| process.is_running());
+        let pid = pid.and_then(|process| i32::try_from(process.pid).ok()).and_then(Pid::from_raw);
+        if let Some(pid) = pid {
+            // The descriptor is the process's, whoever has its number later; what it was is looked at again.
+            let process = pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
+            if record.run.process.as_ref().is_some_and(ProcessIdentity::is_running) {
+                pidfd_send_signal(&process, Signal::KILL).map_err(failed)?;
+            }
+        }
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while self.record()?.status.is_live() {
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout { what: format!("the end of sandbox {:?}", self.name) });
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
     }
 
     /// Refuses new commands, lets those that run finish, then stops. Returns when it has stopped.

@@ -164,7 +164,7 @@ pub struct SandboxConfig {
     /// How long nobody may use it, in seconds. `None`: for ever.
     #[serde(default)]
     pub idle_timeout_s: Option<u64>,
-    /// How many clients may be connected at once, 1 to 1024.
+    /// How many clients may be connected at once, 1 to 1000.
     #[serde(default = "default_clients")]
     pub max_clients: u16,
     /// Whether it is removed when it ends.
@@ -314,7 +314,7 @@ impl SandboxConfig {
         found.check("label", &"too long", total(&self.labels) <= MAX_TOTAL, "1 MiB in all");
         found.check("max_duration", &0, self.max_duration_s != Some(0), "at least 1 s");
         found.check("idle_timeout", &0, self.idle_timeout_s != Some(0), "at least 1 s");
-        found.check("max_clients", &self.max_clients, (1..=1024).contains(&self.max_clients), "1 to 1024");
+        found.check("max_clients", &self.max_clients, (1..=1000).contains(&self.max_clients), "1 to 1000");
         for (i, port) in self.ports.iter().enumerate() {
             let given = format!("{} to {}", port.host, port.guest);
             found.check("port", &given, port.host != 0 && port.guest != 0, "1 to 65535 on both sides");
@@ -456,7 +456,7 @@ mod tests {
         config.workdir = Some("/".into());
         config.user = Some("1000:users".into());
         config.hostname = Some("a-1.example".into());
-        config.max_clients = 1024;
+        config.max_clients = 1000;
         config.ports = vec![Port { host: 65535, guest: 1 }, Port { host: 1, guest: 1 }];
         config.validate().unwrap();
         config.env.insert("A".into(), "=".repeat(MAX_STRING - 2));

@@ -54,7 +54,9 @@ fn open() -> Result<Kvm, HostUnsupported> {
     })?;
     match kvm.get_api_version() {
         API_VERSION => Ok(kvm),
-        version => unsupported(format!("/dev/kvm: its API version is {version}, not {API_VERSION}"), OTHER_HOST),
+        version => {
+            unsupported(format!("/dev/kvm: its API version is {version}, not {API_VERSION}"), OTHER_HOST)
+        }
     }
 }
 

@@ -24,7 +24,6 @@ use crate::{disk, kernel, memory, probe, sys};
 pub struct Vm {
     vcpus: Vec<VcpuThread>,
     exit: Arc<ExitSlot>,
-    bus: Arc<Bus>,
     vsock: Option<Arc<Mutex<Vsock>>>,
     phases: [(&'static str, Instant); 3],
     console: ConsoleLog,
@@ -92,7 +91,7 @@ impl Vm {
         let exit = Arc::new(ExitSlot::new().map_err(Error::resource("the exit event"))?);
         let vcpus = start_vcpus(&kvm, &vm, config.vcpus, loaded.entry, &bus, &exit)?;
         let phases = [("kvm", kvm_done), ("load", load_done), ("devices", Instant::now())];
-        Ok(Self { vcpus, exit, bus, vsock, phases, console, disks: workers, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, exit, vsock, phases, console, disks: workers, _vm: vm, _memory: memory })
     }
 
     /// Lets every vCPU run.
@@ -100,18 +99,15 @@ impl Vm {
         self.vcpus.iter().for_each(VcpuThread::resume);
     }
 
-    /// Takes every vCPU out of the guest and waits until they are. Devices answer what they have begun
-    /// and then have nothing to do, since nobody kicks them.
+    /// Takes every vCPU out of the guest and waits until they are, and until the disks have answered what they
+    /// had begun. Then nobody kicks any device. Those on the embedder's loop are quiet as long as it is here.
     pub fn pause(&self) {
         let parked: Vec<_> = self.vcpus.iter().map(VcpuThread::park).collect();
         for vcpu in parked {
             // The answer is the channel's end.
             let _ = vcpu.recv();
         }
-        for transport in &self.bus.virtio {
-            let device = lock(transport).device().clone();
-            drop(lock(&device));
-        }
+        self.disks.iter().for_each(Worker::finish_round);
     }
 
     /// How the VM ended, once it has.

@@ -51,6 +51,7 @@ impl MutEventSubscriber for DeviceLoop {
 
 /// A thread that runs one device until it is dropped.
 pub(crate) struct Worker {
+    device: Arc<Mutex<dyn Device>>,
     thread: Option<JoinHandle<()>>,
     stop: EventFd,
 }
@@ -74,6 +75,7 @@ impl MutEventSubscriber for Stop {
 impl Worker {
     pub(crate) fn spawn(name: String, device: DeviceLoop) -> Result<Self, Error> {
         let failed = Error::resource("a device thread");
+        let logic = device.device.clone();
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(&failed)?;
         let stopped = Arc::new(Mutex::new(false));
         let mut events = new_loop()?;
@@ -86,7 +88,12 @@ impl Worker {
             .name(name)
             .spawn(move || while !*lock(&stopped) && events.run().is_ok() {})
             .map_err(&failed)?;
-        Ok(Self { thread: Some(thread), stop })
+        Ok(Self { device: logic, thread: Some(thread), stop })
+    }
+
+    /// Waits until the device is between two rounds of requests.
+    pub(crate) fn finish_round(&self) {
+        drop(lock(&self.device));
     }
 }
 

@@ -4,6 +4,7 @@
 mod assets;
 mod cache;
 mod demo;
+mod deny;
 mod images;
 mod kernel;
 mod kvm;

@@ -113,6 +113,9 @@ fn command(mode: Mode, kernel: &Path, dir: &Path, port: u16) -> Command {
         // Booted on a busy computer, the kernel measures its TSC a little wrong at first and better later. KVM has kept the
         // first figure for its guests, finds it out of tolerance and, without TSC scaling, gives them a TSC whose timers
         // never fire; in 5 % it takes the two for the same.
-        .args(["-append", "console=ttyS0 panic=-1 quiet nokaslr mitigations=off kvm.tsc_tolerance_ppm=50000"]);
+        .args([
+            "-append",
+            "console=ttyS0 panic=-1 quiet nokaslr mitigations=off kvm.tsc_tolerance_ppm=50000",
+        ]);
     qemu
 }

@@ -1,0 +1,112 @@
+//! Create to ready with each of its steps, commands, and stop, as a host that embeds the SDK pays for them.
+//!
+//! `cargo bench` on the wall clock, `cargo xtask bench --icount` on the instruction clock. Text goes to standard
+//! output; `bench/boot-CLOCK.json` and `.svg` to the target directory.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use cubby_benches::{Report, Samples, boot_picture};
+use cubbyhole::{Error, Sandbox};
+
+/// Boots measured, after one that fills the caches.
+const BOOTS: usize = 7;
+/// Commands measured in each, after a few that fill the guest's caches.
+const COMMANDS: usize = 50;
+const WARM_UP: usize = 5;
+
+fn main() {
+    // `cargo test --benches` runs it with this argument: once is enough to see that it works.
+    let boots = if std::env::args().any(|argument| argument == "--test") { 1 } else { BOOTS };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let report = match runtime.block_on(measure(boots)) {
+        Ok(samples) => samples.report(&clock()),
+        Err(error) => {
+            eprintln!("boot: {error}");
+            std::process::exit(1);
+        }
+    };
+    print!("{}", report.table());
+    write(&report);
+}
+
+/// Which clock times are read from: whoever runs this on an instruction clock says so.
+fn clock() -> String {
+    std::env::var("CUBBY_CLOCK").unwrap_or_else(|_| "wall".into())
+}
+
+async fn measure(boots: usize) -> Result<Samples, Error> {
+    let image = std::env::var("CUBBY_TEST_IMAGE")
+        .expect("CUBBY_TEST_IMAGE is not set: run this with `cargo xtask bench`, which sets it");
+    let mut samples = Samples::default();
+    boot(&image, &mut Samples::default()).await?;
+    for round in 1..=boots {
+        boot(&image, &mut samples).await?;
+        eprintln!("boot {round} of {boots}");
+    }
+    Ok(samples)
+}
+
+async fn boot(image: &str, samples: &mut Samples) -> Result<(), Error> {
+    let name = format!("bench-{}", std::process::id());
+    let (sandbox, time) = timed(Sandbox::builder(&name).image(image).create()).await;
+    let sandbox = sandbox?;
+    samples.add("create", time);
+    let mut inside = Duration::ZERO;
+    for phase in sandbox.boot_phases() {
+        samples.add(&format!("create: {}", phase.name), phase.duration);
+        inside += phase.duration;
+    }
+    samples.add("create: sdk", time.saturating_sub(inside));
+
+    for round in 0..COMMANDS + WARM_UP {
+        let (ping, ping_time) = timed(sandbox.ping()).await;
+        ping?;
+        let (output, exec_time) = timed(sandbox.exec("true", [""; 0])).await;
+        assert!(output?.success());
+        let (output, shell_time) = timed(sandbox.shell("echo hello")).await;
+        assert_eq!(output?.stdout()?, "hello\n");
+        if round >= WARM_UP {
+            samples.add("ping", ping_time);
+            samples.add("exec true", exec_time);
+            samples.add("shell echo", shell_time);
+        }
+    }
+    let (paused, time) = timed(sandbox.pause()).await;
+    paused?;
+    samples.add("pause", time);
+    let (resumed, time) = timed(sandbox.resume()).await;
+    resumed?;
+    samples.add("resume", time);
+    let (stopped, time) = timed(sandbox.stop()).await;
+    stopped?;
+    samples.add("stop", time);
+    Sandbox::remove(&name).await
+}
+
+async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
+    let begin = Instant::now();
+    let value = future.await;
+    (value, begin.elapsed())
+}
+
+fn write(report: &Report) {
+    let directory = directory();
+    let base = directory.join(format!("boot-{}", report.clock));
+    let json = serde_json::to_string_pretty(report).unwrap();
+    let steps: Vec<_> = report.series.iter().filter(|series| series.name.starts_with("create: ")).collect();
+    let written = std::fs::create_dir_all(&directory)
+        .and_then(|()| std::fs::write(base.with_extension("json"), json))
+        .and_then(|()| std::fs::write(base.with_extension("svg"), boot_picture(&report.clock, &steps)));
+    match written {
+        Ok(()) => println!("wrote {0}.json and {0}.svg", base.display()),
+        Err(error) => eprintln!("{}: {error}", base.display()),
+    }
+}
+
+/// The target directory, which the program may have been copied out of.
+fn directory() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    target.unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target"))).join("bench")
+}
