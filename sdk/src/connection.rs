@@ -118,9 +118,11 @@ impl Connection {
     /// Connects to the sandbox process behind `socket`.
     pub(crate) async fn open(socket: &Path) -> Result<Self, ConnectionError> {
         let (mut reader, mut writer) = UnixStream::connect(socket).await?.into_split();
-        writer.write_all(&Hello::OURS.to_frame()).await?;
+        // Whoever turns us away says why and closes, perhaps before this is written: what was said counts.
+        let written = writer.write_all(&Hello::OURS.to_frame()).await;
         let mut decoder = Decoder::default();
         greet(&mut reader, &mut decoder).await?;
+        written?;
         let routes = Arc::new(Routes::default());
         let (report, ended) = watch::channel(None);
         let reader = tokio::spawn({

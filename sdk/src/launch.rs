@@ -84,12 +84,19 @@ async fn exchange(socket: &UnixStream, line: &[u8]) -> std::io::Result<LaunchRep
     socket.set_nonblocking(true)?;
     let mut socket = tokio::net::UnixStream::from_std(socket)?;
     socket.write_all(line).await?;
-    let mut report = Vec::new();
-    BufReader::new(socket).take(MAX_LINE as u64).read_until(b'\n', &mut report).await?;
-    if report.is_empty() {
+    let mut socket = BufReader::new(socket).take(MAX_LINE as u64);
+    let mut line = Vec::new();
+    socket.read_until(b'\n', &mut line).await?;
+    if line.is_empty() {
         return Err(std::io::ErrorKind::UnexpectedEof.into());
     }
-    from_line(&report).map_err(std::io::Error::other)
+    let report = from_line(&line).map_err(std::io::Error::other)?;
+    if matches!(report, LaunchReport::Failed { .. }) {
+        // It still writes how it ended, in better words than ours, and closes the socket by ending.
+        let ended = socket.read_to_end(&mut line);
+        let _ = tokio::time::timeout(Duration::from_secs(5), ended).await;
+    }
+    Ok(report)
 }
 
 /// Ends of steps, counted from the process's begin, as durations; what came before is `spawn`.
