@@ -1,6 +1,6 @@
 //! What holds between processes: who ends with whom, who sees what, and how an end that nobody asked for is told.
 
-use cubby_tests::{Client, discard, gone, kill, name, process, sandbox, shell, until, within};
+use cubby_tests::{Client, discard, freeze, gone, kill, name, process, sandbox, shell, until, within};
 use cubbyhole::{Error, ExitReason, Sandbox, Status};
 
 use crate::CLIENT;
@@ -60,6 +60,19 @@ async fn a_killed_sandbox_process_is_a_crash_with_its_reason_and_starts_again() 
     let again = within("start", Sandbox::start(sandbox.name())).await.unwrap();
     assert_eq!(shell(&again, "echo well").await, "well\n");
     discard(again).await;
+}
+
+#[tokio::test]
+async fn a_kill_needs_no_answer_of_the_sandbox_process() {
+    let sandbox = sandbox("stuck").await;
+    let before = process(sandbox.name());
+    freeze(before.pid);
+    within("kill", sandbox.kill()).await.unwrap();
+    assert_eq!(sandbox.status().await.unwrap(), Status::Stopped);
+    let report = within("the end", sandbox.wait()).await.unwrap();
+    assert_eq!(report.reason, ExitReason::Killed);
+    gone(&before).await;
+    Sandbox::remove(sandbox.name()).await.unwrap();
 }
 
 /// Lets the guest do itself harm, and gives how that was told.
