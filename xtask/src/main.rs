@@ -153,7 +153,7 @@ fn run(task: Task) -> Result<ExitCode> {
             let mut cargo = workspace::cargo()?;
             cargo.args(["bench", "--package", "cubby-benches", "--"]).args(arguments);
             if icount {
-                cargo.env(runner::MODE, "icount");
+                cargo.env(runner::MODE, "icount").env("CUBBY_CLOCK", "instructions");
             }
             return Ok(ExitCode::from(process::code(process::status(&mut cargo)?)));
         }
