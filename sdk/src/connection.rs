@@ -337,3 +337,33 @@ fn route(frame: &Frame<'_>, routes: &Routes) -> Result<(), ConnectionError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cubby_protocol::CHUNK;
+
+    #[test]
+    fn a_guest_that_ignores_its_window_ends_the_connection() {
+        let (sender, mut receiver) = mpsc::unbounded_channel();
+        let (routes, unread) = (Routes::default(), Arc::<Unread>::default());
+        routes.lock().insert(SessionId(1), Route::Session(sender, unread.clone()));
+        let mut decoder = Decoder::default();
+        let mut send = |payload: &[u8]| {
+            let mut bytes = Vec::new();
+            encode_raw(Kind::Stdout, SessionId(1), payload, &mut bytes).unwrap();
+            decoder.push(&bytes);
+            let frame = decoder.next_frame().unwrap().unwrap();
+            route(&frame, &routes)
+        };
+        let whole = INITIAL_WINDOW as usize / CHUNK;
+        for _ in 0..whole {
+            send(&[0; CHUNK]).unwrap();
+        }
+        // What the reader has taken may come again.
+        unread.take(&receiver.try_recv().unwrap());
+        send(&[0; CHUNK]).unwrap();
+        let refused = send(&[0; CHUNK]);
+        assert!(matches!(refused, Err(ConnectionError::Protocol(_))), "{refused:?}");
+    }
+}
