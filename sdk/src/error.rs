@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use cubby_protocol::message::{self, Refused};
 use cubby_protocol::{FrameError, Kind};
-use cubby_state::Status;
+use cubby_state::{ExitReport, Status};
 
 use crate::connection::ConnectionError;
 
@@ -53,6 +53,16 @@ pub enum Error {
         name: String,
         /// How many there may be.
         max: u16,
+    },
+    /// The sandbox ended while something was in progress, whose outcome is not known.
+    #[error("sandbox {name:?} ended during {operation}: {reason}; Sandbox::start boots it again with its disk", reason = report.reason)]
+    Ended {
+        /// The sandbox.
+        name: String,
+        /// What was in progress.
+        operation: String,
+        /// How it ended.
+        report: ExitReport,
     },
     /// This host cannot run virtual machines.
     #[error("this host cannot run virtual machines: {why}; {remedy}")]

@@ -8,8 +8,9 @@ use bytes::Bytes;
 use cubby_protocol::message::{Credit, Exited, Open, Rlimit, Signal, Started, TtySize};
 use cubby_protocol::{CHUNK, INITIAL_WINDOW, Kind, decode};
 
-use crate::connection::{Connection, Incoming, Session};
+use crate::connection::{ConnectionError, Incoming, Session};
 use crate::error::{Error, R};
+use crate::link::Link;
 
 /// How a command is run. What is not set is as the sandbox was configured.
 #[derive(Debug, Default)]
@@ -152,7 +153,7 @@ pub enum ExecEvent {
 pub struct ExecHandle {
     session: Session,
     program: String,
-    name: Arc<str>,
+    link: Arc<Link>,
     /// Bytes taken by the caller for which no credit was given back yet.
     owed: u32,
     /// How much standard input the guest takes now, in bytes.
@@ -163,13 +164,12 @@ pub struct ExecHandle {
 }
 
 impl ExecHandle {
-    /// Starts a command over `connection`.
-    pub(crate) async fn start(connection: &Arc<Connection>, name: &Arc<str>, open: &Open) -> R<Self> {
-        let session = connection.open_session(open).await.map_err(|error| Error::connection(name, error))?;
+    /// Starts a command.
+    pub(crate) async fn start(link: &Arc<Link>, open: &Open) -> R<Self> {
         Ok(Self {
-            session,
+            session: link.open_session(open).await?,
             program: open.program.clone(),
-            name: name.clone(),
+            link: link.clone(),
             owed: 0,
             stdin_credit: INITIAL_WINDOW,
             early: VecDeque::new(),
@@ -236,7 +236,7 @@ impl ExecHandle {
                 ExecEvent::Exited(status)
             }
             Kind::Failed => return Err(Error::exec_failed(&self.program, decode(&payload)?)),
-            Kind::Refused => return Err(Error::refused(&self.name, "exec", decode(&payload)?)),
+            Kind::Refused => return Err(Error::refused(self.link.name(), "exec", decode(&payload)?)),
             kind => return Err(Error::unexpected(kind)),
         };
         Ok(Some(event))
@@ -342,15 +342,25 @@ impl ExecHandle {
     }
 
     async fn receive(&mut self) -> R<Incoming> {
-        self.session.next().await.map_err(|error| Error::connection(&self.name, error))
+        let received = self.session.next().await;
+        self.or_lost(received).await
     }
 
     async fn send_raw(&self, kind: Kind, payload: &[u8]) -> R<()> {
-        self.session.send_raw(kind, payload).await.map_err(|error| Error::connection(&self.name, error))
+        let sent = self.session.send_raw(kind, payload).await;
+        self.or_lost(sent).await
     }
 
     async fn send(&self, kind: Kind, message: &impl serde::Serialize) -> R<()> {
-        self.session.send(kind, message).await.map_err(|error| Error::connection(&self.name, error))
+        let sent = self.session.send(kind, message).await;
+        self.or_lost(sent).await
+    }
+
+    async fn or_lost<T>(&self, result: Result<T, ConnectionError>) -> R<T> {
+        match result {
+            Ok(value) => Ok(value),
+            Err(error) => Err(self.link.lost(error, &format!("exec {:?}", self.program)).await),
+        }
     }
 }
 

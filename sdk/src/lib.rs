@@ -27,6 +27,7 @@ mod context;
 mod error;
 mod exec;
 mod launch;
+mod link;
 mod sandbox;
 
 pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};

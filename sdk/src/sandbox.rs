@@ -3,17 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use cubby_protocol::message::{Reply, Request};
+use cubby_protocol::message::Request;
 use cubby_state::{Event, ExitReport, ProcessIdentity, Record, SandboxName, Status, StoreError};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use tokio::sync::Mutex;
 
 use crate::builder::{SandboxBuilder, bring_up};
-use crate::connection::{Connection, ConnectionError};
+use crate::connection::Connection;
 use crate::context::Context;
 use crate::error::{Error, R};
 use crate::exec::{ExecHandle, ExecOptions, ExecOutput};
 use crate::launch::{BootPhase, find_runtime};
+use crate::link::Link;
 
 /// How long [`Sandbox::stop`] gives the guest before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -25,10 +25,7 @@ const BOOT_TIMEOUT_MS: u64 = 120_000;
 /// they started, but not the sandbox.
 #[derive(Clone)]
 pub struct Sandbox {
-    name: Arc<str>,
-    id: SandboxName,
-    context: Context,
-    connection: Arc<Mutex<Option<Arc<Connection>>>>,
+    link: Arc<Link>,
     boot: Arc<[BootPhase]>,
     shell: Arc<str>,
 }
@@ -125,10 +122,7 @@ impl Sandbox {
         boot: Vec<BootPhase>,
     ) -> Self {
         Self {
-            name: record.name.as_str().into(),
-            id: record.name.clone(),
-            context,
-            connection: Arc::new(Mutex::new(connection)),
+            link: Arc::new(Link::new(context, record.name.clone(), connection)),
             boot: boot.into(),
             shell: record.config.shell.as_deref().unwrap_or("/bin/sh").into(),
         }
@@ -136,17 +130,17 @@ impl Sandbox {
 
     /// The sandbox's name.
     pub fn name(&self) -> &str {
-        &self.name
+        self.link.name()
     }
 
     /// What state it is in now.
     pub async fn status(&self) -> R<Status> {
-        Ok(self.record()?.status)
+        Ok(self.link.record()?.status)
     }
 
     /// How its last run ended; `None` if it has not ended yet.
     pub async fn last_exit(&self) -> R<Option<ExitReport>> {
-        Ok(self.record()?.run.exit)
+        Ok(self.link.record()?.run.exit)
     }
 
     /// Where the time of its boot went, if this value has booted it.
@@ -157,11 +151,11 @@ impl Sandbox {
     /// Waits for its end.
     pub async fn wait(&self) -> R<ExitReport> {
         loop {
-            let record = self.record()?;
+            let record = self.link.record()?;
             if let Some(report) = record.run.exit {
                 return Ok(report);
             }
-            match self.connection("wait").await {
+            match self.link.connection("wait").await {
                 Ok(connection) => drop(connection.wait_ended().await),
                 // Booting, or just gone: the store knows soon.
                 Err(Error::InvalidState { .. } | Error::Process { .. }) => {
@@ -182,16 +176,18 @@ impl Sandbox {
     /// themselves.
     pub async fn stop_with_timeout(&self, timeout: Duration) -> R<()> {
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        self.end(Request::Stop { timeout_ms }, Event::Stop).await
+        self.link.end(Request::Stop { timeout_ms }, Event::Stop).await
     }
 
     /// Ends the sandbox at once, as if its power were cut. A sandbox process that does not answer within half
     /// a second is killed itself.
     pub async fn kill(&self) -> R<()> {
         const PATIENCE: Duration = Duration::from_millis(500);
-        match tokio::time::timeout(PATIENCE, self.end(Request::Kill, Event::Kill)).await {
+        match tokio::time::timeout(PATIENCE, self.link.end(Request::Kill, Event::Kill)).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error @ Error::InvalidState { .. })) if !self.record()?.status.is_live() => Err(error),
+            Ok(Err(error @ Error::InvalidState { .. })) if !self.link.record()?.status.is_live() => {
+                Err(error)
+            }
             // Booting, at its limit of clients, of another version, or stuck.
             Ok(Err(_)) | Err(_) => self.kill_process().await,
         }
@@ -199,8 +195,9 @@ impl Sandbox {
 
     /// Kills the sandbox process and waits until it is gone.
     async fn kill_process(&self) -> R<()> {
-        let record = self.record()?;
-        self.context.store.request_kill(record.run.id).map_err(|error| Error::store(&self.name, error))?;
+        let record = self.link.record()?;
+        let store = &self.link.context.store;
+        store.request_kill(record.run.id).map_err(|error| Error::store(self.name(), error))?;
         let failed = |error: rustix::io::Errno| Error::Process {
             name: self.name().into(),
             why: format!("cannot kill it: {error}"),
@@ -215,9 +212,9 @@ impl Sandbox {
             }
         }
         let deadline = Instant::now() + STOP_TIMEOUT;
-        while self.record()?.status.is_live() {
+        while self.link.record()?.status.is_live() {
             if Instant::now() >= deadline {
-                return Err(Error::Timeout { what: format!("the end of sandbox {:?}", self.name) });
+                return Err(Error::Timeout { what: format!("the end of sandbox {:?}", self.name()) });
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -226,41 +223,43 @@ impl Sandbox {
 
     /// Refuses new commands, lets those that run finish, then stops. Returns when it has stopped.
     pub async fn drain(&self) -> R<()> {
-        self.end(Request::Drain { deadline_ms: None }, Event::Drain).await
+        self.link.end(Request::Drain { deadline_ms: None }, Event::Drain).await
     }
 
     /// Like [`Self::drain`]; what still runs at the deadline is ended.
     pub async fn drain_with_deadline(&self, deadline: Duration) -> R<()> {
         let deadline_ms = Some(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
-        self.end(Request::Drain { deadline_ms }, Event::Drain).await
+        self.link.end(Request::Drain { deadline_ms }, Event::Drain).await
     }
 
     /// Freezes the guest. It uses no processor time until [`Self::resume`].
     pub async fn pause(&self) -> R<()> {
-        self.call(Request::Pause, Event::Pause).await
+        self.link.call(Request::Pause, Event::Pause).await
     }
 
     /// Lets the guest go on exactly where it was, with the wall clock set right.
     pub async fn resume(&self) -> R<()> {
-        self.call(Request::Resume, Event::Resume).await
+        self.link.call(Request::Resume, Event::Resume).await
     }
 
     /// Lets the sandbox outlive this process.
     pub async fn detach(self) -> R<()> {
-        self.call(Request::Detach, Event::Detach).await
+        self.link.call(Request::Detach, Event::Detach).await
     }
 
     /// Counts as use, for the idle time-out.
     pub async fn touch(&self) -> R<()> {
-        self.call(Request::Touch, Event::Open).await
+        self.link.call(Request::Touch, Event::Open).await
     }
 
     /// The time that the guest's agent takes to answer.
     pub async fn ping(&self) -> R<Duration> {
-        let connection = self.connection("ping").await?;
+        let connection = self.link.connection("ping").await?;
         let begin = Instant::now();
-        connection.ping().await.map_err(|error| self.connection_error(error, "ping"))?;
-        Ok(begin.elapsed())
+        match connection.ping().await {
+            Ok(()) => Ok(begin.elapsed()),
+            Err(error) => Err(self.link.lost(error, "ping").await),
+        }
     }
 
     /// Runs a command and waits for it. A command that fails is `Ok` with its exit status; one that cannot
@@ -324,75 +323,14 @@ impl Sandbox {
     }
 
     async fn start_command(&self, program: String, options: ExecOptions) -> R<ExecHandle> {
-        let connection = self.connection("exec").await?;
         let open = cubby_protocol::message::Open { program, ..options.open };
-        ExecHandle::start(&connection, &self.name, &open).await
-    }
-
-    fn record(&self) -> R<Record> {
-        self.context.store.get(&self.id).map_err(|error| Error::store(&self.name, error))
-    }
-
-    /// The connection, made if there is none or if it has ended.
-    async fn connection(&self, operation: &str) -> R<Arc<Connection>> {
-        let mut slot = self.connection.lock().await;
-        if let Some(connection) = &*slot
-            && connection.ended().is_none()
-        {
-            return Ok(connection.clone());
-        }
-        let status = self.record()?.status;
-        if !status.is_live() || status == Status::Creating {
-            return Err(Error::invalid_state(&self.name, status, operation));
-        }
-        let socket = self.context.store.home().socket(&self.id);
-        let connection =
-            Connection::open(&socket).await.map_err(|error| self.connection_error(error, operation))?;
-        let connection = Arc::new(connection);
-        *slot = Some(connection.clone());
-        Ok(connection)
-    }
-
-    /// A connection that ended because the sandbox did is about the sandbox's state.
-    fn connection_error(&self, error: ConnectionError, operation: &str) -> Error {
-        match (&error, self.record()) {
-            (ConnectionError::Closed | ConnectionError::Io(_), Ok(record)) if !record.status.is_live() => {
-                Error::invalid_state(&self.name, record.status, operation)
-            }
-            _ => Error::connection(&self.name, error),
-        }
-    }
-
-    async fn call(&self, request: Request, event: Event) -> R<()> {
-        let connection = self.connection(event.as_str()).await?;
-        let reply = connection.call(request).await;
-        match reply.map_err(|error| self.connection_error(error, event.as_str()))? {
-            Reply::Refused(refused) => Err(Error::refused(&self.name, event.as_str(), refused)),
-            Reply::Failed(why) => Err(Error::Process { name: self.name().into(), why }),
-            Reply::Done | Reply::Status(_) => Ok(()),
-        }
-    }
-
-    /// A call whose answer is the sandbox's end.
-    async fn end(&self, request: Request, event: Event) -> R<()> {
-        let connection = self.connection(event.as_str()).await?;
-        match connection.call(request).await {
-            Ok(Reply::Refused(refused)) => Err(Error::refused(&self.name, event.as_str(), refused)),
-            Ok(Reply::Failed(why)) => Err(Error::Process { name: self.name().into(), why }),
-            Ok(Reply::Done | Reply::Status(_)) => Ok(()),
-            // It went before it could answer.
-            Err(ConnectionError::Closed | ConnectionError::Io(_)) => match self.record()?.status {
-                status if status.is_live() => Err(Error::invalid_state(&self.name, status, event.as_str())),
-                _ => Ok(()),
-            },
-            Err(error) => Err(Error::connection(&self.name, error)),
-        }
+        ExecHandle::start(&self.link, &open).await
     }
 }
 
 impl std::fmt::Debug for Sandbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sandbox").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("Sandbox").field("name", &self.name()).finish_non_exhaustive()
     }
 }
 

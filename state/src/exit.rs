@@ -73,6 +73,28 @@ impl ExitReason {
     }
 }
 
+impl std::fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            ExitReason::Requested => "it was asked to stop",
+            ExitReason::Drained => "it was drained",
+            ExitReason::IdleTimeout => "nobody used it for its idle timeout",
+            ExitReason::MaxDuration => "it lived for its maximum duration",
+            ExitReason::Killed => "it was killed on request",
+            ExitReason::GuestPanic => "the guest's kernel panicked",
+            ExitReason::GuestReset => "the guest reset itself",
+            ExitReason::AgentDied => "the guest's agent died",
+            ExitReason::ProcessKilled { signal: 0 } => "its process was killed",
+            ExitReason::ProcessKilled { signal } => {
+                return write!(f, "its process was killed by signal {signal}");
+            }
+            ExitReason::OutOfMemory => "the host ran out of memory and killed its process",
+            ExitReason::BootFailed { stage } => return write!(f, "its boot failed at {stage}"),
+            ExitReason::HostUnsupported => "this host cannot run virtual machines",
+        })
+    }
+}
+
 /// The end of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]

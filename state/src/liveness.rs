@@ -105,9 +105,10 @@ pub enum LockError {
 }
 
 impl RunLock {
-    /// How long the next run of a sandbox should wait for the process of the last one, which writes that it
-    /// has stopped shortly before it is gone.
-    pub const PATIENCE: Duration = Duration::from_secs(2);
+    /// How long the next run of a sandbox, or its removal, should wait for the process of the last one, which
+    /// writes that it has stopped shortly before it is gone: it still has to give its memory back, which can
+    /// take seconds on a host that has more to do than it can.
+    pub const PATIENCE: Duration = Duration::from_secs(10);
 
     /// Locks the file, which is made if it is missing. A reader that looks whether the lock is held has it for
     /// some microseconds; up to `patience` is spent on waiting for that, or for a process that is just ending.
