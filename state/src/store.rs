@@ -194,21 +194,21 @@ impl Store {
     /// allow the event; [`StoreError::RunOver`] if the run has ended; [`StoreError::NeedsReport`] for an
     /// event that ends it, which is [`Store::finish`]'s.
     pub fn transition(&self, run: RunId, expected: Status, event: Event) -> Result<Status, StoreError> {
-        self.write(|tx| {
-            let row = sql::current(tx, run)?;
-            let actual = row.record.status;
-            if actual != expected {
-                return Err(StoreError::Conflict { name: row.record.name, expected, actual });
-            }
-            let status = next(&row.record, event)?;
-            if !status.is_live() {
-                return Err(StoreError::NeedsReport { event });
-            }
-            if status != actual {
-                sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
-            }
-            Ok(status)
-        })
+        // What the table allows is one statement; what stands in its way is looked for only if there is something.
+        if let Ok(Next::Status(status)) = expected.after(event)
+            && status.is_live()
+            && status != expected
+            && self.statement(|connection| sql::change_status(connection, run, expected, status))?
+        {
+            return Ok(status);
+        }
+        let row = self.statement(|connection| sql::current(connection, run))?;
+        let actual = row.record.status;
+        if actual != expected {
+            return Err(StoreError::Conflict { name: row.record.name, expected, actual });
+        }
+        let status = next(&row.record, event)?;
+        if status.is_live() { Ok(status) } else { Err(StoreError::NeedsReport { event }) }
     }
 
     /// Says that `run` is about to be killed: whoever then finds its process gone records
@@ -239,7 +239,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub fn get(&self, name: &SandboxName) -> Result<Record, StoreError> {
-        let row = self.read(|connection| sql::load(connection, name))?;
+        let row = self.statement(|connection| sql::load(connection, name))?;
         if self.is_dead(&row.record.name, row.record.status, &row.record.run) {
             return self.reconcile(name);
         }
@@ -378,6 +378,12 @@ impl Store {
 
     fn io(&self, path: impl Into<PathBuf>, source: io::Error) -> StoreError {
         StoreError::Io { path: path.into(), source }
+    }
+
+    /// One statement, which is a transaction of its own.
+    fn statement<T>(&self, f: impl Fn(&Connection) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        sql::patiently(|| f(&connection)).map_err(|e| e.at(&self.home.database()))
     }
 
     /// One reading transaction.

@@ -214,6 +214,22 @@ pub(super) fn end_run(tx: &Connection, run: RunId, at: i64, report: &str) -> Res
     Ok(())
 }
 
+/// Gives the sandbox of this run, which has not ended, a status in the place of `expected`. Whether it had that.
+pub(super) fn change_status(
+    connection: &Connection,
+    run: RunId,
+    expected: Status,
+    status: Status,
+) -> Result<bool, StoreError> {
+    let changed = connection
+        .prepare_cached(
+            "UPDATE sandboxes SET status = ?3, updated_at = ?4 WHERE run = ?1 AND status = ?2
+             AND id = (SELECT sandbox FROM runs WHERE id = ?1 AND ended_at IS NULL)",
+        )?
+        .execute(params![run.0, expected.as_str(), status.as_str(), to_ms(SystemTime::now())])?;
+    Ok(changed > 0)
+}
+
 pub(super) fn set_status(tx: &Connection, id: i64, status: Status, now: i64) -> Result<(), StoreError> {
     tx.prepare_cached("UPDATE sandboxes SET status = ?2, updated_at = ?3 WHERE id = ?1")?
         .execute(params![id, status.as_str(), now])?;
