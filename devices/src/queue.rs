@@ -143,12 +143,20 @@ impl Queue {
         &self.signals
     }
 
-    /// Borrows the queue for one round of work, of at most four times as many chains as it has descriptors.
-    pub fn batch(&mut self) -> Batch<'_> {
+    /// Interrupts the driver, if it asked for that, for what [`Batch::end_quietly`] has ended.
+    pub fn interrupt(&mut self) {
+        self.borrow().interrupt();
+    }
+
+    fn borrow(&mut self) -> Batch<'_> {
         let budget = u32::from(self.ring.size()) * 4;
         let Self { memory, signals, ring, failure } = self;
-        let mut batch =
-            Batch { memory, signals, ring, failure, spare: Vec::new(), open: None, completed: 0, budget };
+        Batch { memory, signals, ring, failure, spare: Vec::new(), open: None, completed: 0, budget }
+    }
+
+    /// Borrows the queue for one round of work, of at most four times as many chains as it has descriptors.
+    pub fn batch(&mut self) -> Batch<'_> {
+        let mut batch = self.borrow();
         if batch.failure.is_none() && batch.ring.disable_notification(batch.memory).is_err() {
             batch.fail(QueueError::Ring);
         }
@@ -255,18 +263,35 @@ impl<'q> Batch<'q> {
         if self.budget == 0 && self.failure.is_none() { Progress::More } else { Progress::Idle }
     }
 
-    /// Interrupts the driver now, if it asked for that, rather than at the batch's end.
-    pub fn flush(&mut self) {
+    /// Interrupts the driver now, if it asked for that, rather than at the batch's end. Whether it was.
+    pub fn flush(&mut self) -> bool {
         self.close(0);
-        if self.completed == 0 || self.failure.is_some() {
-            return;
+        if std::mem::take(&mut self.completed) == 0 || self.failure.is_some() {
+            return false;
         }
-        self.completed = 0;
-        match self.wants_interrupt() {
-            Ok(true) => self.signals.used_buffer(),
-            Ok(false) => {}
-            Err(error) => self.fail(error),
+        self.interrupt()
+    }
+
+    /// Ends the round without an interrupt, for a device whose driver is not waiting for these chains; returns how
+    /// many there were. The next interrupt of the device tells the driver of them too, for it looks at every queue;
+    /// [`Queue::interrupt`] brings one about.
+    pub fn end_quietly(mut self) -> u32 {
+        self.close(0);
+        std::mem::take(&mut self.completed)
+    }
+
+    fn interrupt(&mut self) -> bool {
+        let wanted = match self.wants_interrupt() {
+            Ok(wanted) => wanted,
+            Err(error) => {
+                self.fail(error);
+                false
+            }
+        };
+        if wanted {
+            self.signals.used_buffer();
         }
+        wanted
     }
 
     fn wants_interrupt(&mut self) -> Result<bool, QueueError> {

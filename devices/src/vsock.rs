@@ -76,6 +76,9 @@ const SIZES: [u16; 3] = [QUEUE_SIZE, QUEUE_SIZE, 8];
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
 const TRANSPORT_RESET: u32 = 0;
 
+/// So many of the guest's packets may be taken without telling it: an eighth of its queue is theirs then.
+const MAX_UNTOLD: u32 = QUEUE_SIZE as u32 / 8;
+
 /// A guest's context identifier: 3 or more, and 32 bits (§5.10.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GuestCid(u32);
@@ -152,12 +155,45 @@ pub struct Vsock {
     transport_reset: bool,
     /// A round of sending ended before there was nothing left to send.
     unfinished: bool,
+    /// The owner calls [`Vsock::tell`].
+    patient: bool,
+    /// Packets taken of which the guest was not told.
+    untold: u32,
 }
 
 impl Vsock {
     /// A device without streams.
     pub fn new(guest: GuestCid) -> Self {
-        Self { queues: [None, None, None], mux: Mux::new(guest), transport_reset: false, unfinished: false }
+        Self {
+            queues: [None, None, None],
+            mux: Mux::new(guest),
+            transport_reset: false,
+            unfinished: false,
+            patient: false,
+            untold: 0,
+        }
+    }
+
+    /// Lets the guest wait for the news that its packets were taken until there is something for it to receive,
+    /// or many of them: of a question and its answer, the guest then takes one interrupt instead of two, each of
+    /// which costs two exits. The owner promises to call [`Vsock::tell`] some milliseconds after
+    /// [`Vsock::has_untold`], for the guest frees what it sent only then.
+    pub fn be_patient(&mut self) {
+        self.patient = true;
+    }
+
+    /// Whether the guest waits for the news that its packets were taken.
+    pub fn has_untold(&self) -> bool {
+        self.untold > 0
+    }
+
+    /// Tells the guest which packets were taken.
+    pub fn tell(&mut self) {
+        if std::mem::take(&mut self.untold) > 0
+            && let [_, Some(tx), _] = &mut self.queues
+        {
+            tx.interrupt();
+        }
     }
 
     /// The guest's context identifier.
@@ -203,6 +239,9 @@ impl Vsock {
                     }
                     Err(error) => batch.fail(error),
                 }
+            }
+            if batch.flush() {
+                self.untold = 0;
             }
         }
         let taken = sent + self.mux.buffer(id, data.get(sent..).unwrap_or(&[]));
@@ -279,6 +318,9 @@ impl Vsock {
             }
         }
         self.unfinished = self.mux.has_outgoing() && batch.progress() == Progress::More;
+        if batch.flush() {
+            self.untold = 0;
+        }
     }
 
     /// Takes the guest's packets, one round at most.
@@ -291,7 +333,13 @@ impl Vsock {
                 Err(error) => batch.fail(error.into()),
             }
         }
-        batch.progress()
+        let progress = batch.progress();
+        if self.patient && self.untold < MAX_UNTOLD {
+            self.untold += batch.end_quietly();
+        } else {
+            self.untold = 0;
+        }
+        progress
     }
 
     fn announce_reset(&mut self) {
@@ -355,6 +403,7 @@ impl Device for Vsock {
     /// The driver is gone, and every stream it knew with it. A connect that it has not seen waits for the next.
     fn driver_gone(&mut self) {
         self.transport_reset = false;
+        self.untold = 0;
         self.mux.end_all();
     }
 }

@@ -543,3 +543,33 @@ fn many_packets_in_one_send_interrupt_once() {
     assert_eq!(peer.packets().len(), 25);
     assert_eq!(peer.guest.line.count(), before + 1);
 }
+
+#[test]
+fn a_patient_guest_hears_of_what_it_sent_with_what_it_receives() {
+    let mut peer = Peer::new(32, 4096);
+    let (id, header) = peer.connected(1 << 20);
+    peer.host().be_patient();
+    let question = with_data(header, op::RW, b"question");
+    let interrupts = |peer: &mut Peer, act: &mut dyn FnMut(&mut Peer)| {
+        peer.rings[0].arm_interrupt();
+        peer.rings[1].arm_interrupt();
+        let before = peer.guest.line.count();
+        act(peer);
+        peer.guest.line.count() - before
+    };
+    assert_eq!(interrupts(&mut peer, &mut |peer| peer.send(&question, b"question")), 0);
+    assert!(peer.host().has_untold());
+    assert_eq!(interrupts(&mut peer, &mut |peer| assert_eq!(peer.host().send(id, b"answer"), 6)), 1);
+    assert!(!peer.host().has_untold());
+    // Nothing to receive: the owner's time-out.
+    let told = interrupts(&mut peer, &mut |peer| {
+        peer.send(&question, b"question");
+        peer.host().tell();
+        peer.host().tell();
+    });
+    assert_eq!(told, 1);
+    // And never so many that its queue would run full.
+    let many = u32::from(QUEUE_SIZE);
+    let all = interrupts(&mut peer, &mut |peer| (0..many).for_each(|_| peer.send(&question, b"question")));
+    assert_eq!(all, 1, "the ring is armed once");
+}
