@@ -1,4 +1,5 @@
-//! Create to ready with each of its steps, commands, and stop, as a host that embeds the SDK pays for them.
+//! Create to ready with each of its steps, commands, and every way to an end, as a host that embeds the SDK pays
+//! for them.
 //!
 //! `cargo bench` on the wall clock, `cargo xtask bench --icount` on the instruction clock. Text goes to standard
 //! output; `bench/boot-CLOCK.json` and `.svg` to the target directory.
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cubby_benches::{Report, Samples, boot_picture};
+use cubby_state::{ExitReason, ExitReport, Home, SandboxConfig, SandboxName, Store};
 use cubbyhole::{Error, Sandbox};
 
 /// Boots measured, after one that fills the caches.
@@ -15,6 +17,10 @@ const BOOTS: usize = 7;
 /// Commands measured in each, after a few that fill the guest's caches.
 const COMMANDS: usize = 50;
 const WARM_UP: usize = 5;
+/// Pauses measured in each.
+const PAUSES: usize = 10;
+/// Sandboxes in the list that is measured.
+const LISTED: usize = 1000;
 
 fn main() {
     // `cargo test --benches` runs it with this argument: once is enough to see that it works.
@@ -45,6 +51,7 @@ async fn measure(boots: usize) -> Result<Samples, Error> {
         boot(&image, &mut samples).await?;
         eprintln!("boot {round} of {boots}");
     }
+    list(boots, &mut samples).await?;
     Ok(samples)
 }
 
@@ -73,16 +80,42 @@ async fn boot(image: &str, samples: &mut Samples) -> Result<(), Error> {
             samples.add("shell echo", shell_time);
         }
     }
-    let (paused, time) = timed(sandbox.pause()).await;
-    paused?;
-    samples.add("pause", time);
-    let (resumed, time) = timed(sandbox.resume()).await;
-    resumed?;
-    samples.add("resume", time);
+    for _ in 0..PAUSES {
+        let (paused, time) = timed(sandbox.pause()).await;
+        paused?;
+        samples.add("pause", time);
+        let (resumed, time) = timed(sandbox.resume()).await;
+        resumed?;
+        samples.add("resume", time);
+    }
     let (stopped, time) = timed(sandbox.stop()).await;
     stopped?;
     samples.add("stop", time);
+    let sandbox = Sandbox::start(&name).await?;
+    let (killed, time) = timed(sandbox.kill()).await;
+    killed?;
+    samples.add("kill", time);
     Sandbox::remove(&name).await
+}
+
+/// The list of a store that many sandboxes are in; none of them runs.
+async fn list(times: usize, samples: &mut Samples) -> Result<(), Error> {
+    let store = Store::open(&Home::from_env().expect("the home"))?;
+    let config: SandboxConfig = serde_json::from_str(r#"{"image": {"reference": "listed"}}"#).unwrap();
+    let names = || (0..LISTED).map(|number| format!("listed-{number}").parse::<SandboxName>().unwrap());
+    for name in names() {
+        let run = store.create(&name, &config)?.run.id;
+        store.finish(run, &ExitReport::now(ExitReason::Killed))?;
+    }
+    for _ in 0..times {
+        let (list, time) = timed(Sandbox::list()).await;
+        assert_eq!(list?.len(), LISTED);
+        samples.add(&format!("list of {LISTED}"), time);
+    }
+    for name in names() {
+        store.remove(&name)?;
+    }
+    Ok(())
 }
 
 async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {

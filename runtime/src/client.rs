@@ -120,9 +120,10 @@ impl Client {
         }
     }
 
-    /// Answers a call.
-    pub(crate) fn reply(&mut self, session: SessionId, reply: &Reply) {
+    /// Answers a call. Whether the answer is out already.
+    pub(crate) fn reply(&mut self, session: SessionId, reply: &Reply) -> bool {
         self.say(Kind::Reply, session, reply);
+        self.from_guest.at_boundary() && matches!(self.flush_own(), Ok(true)) && !self.closing
     }
 
     /// Says why, in the place of a greeting, to a client that is not taken.

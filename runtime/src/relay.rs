@@ -152,6 +152,11 @@ impl Relay {
             }
             asked.extend(calls.drain(..).map(|call| Asked { client: id, call }));
         }
+        self.is_awake()
+    }
+
+    /// Whether somebody has something to do without being woken.
+    pub(crate) fn is_awake(&self) -> bool {
         !self.awake.is_empty()
     }
 
@@ -166,8 +171,9 @@ impl Relay {
 
     /// Answers a client that may be gone by now.
     pub(crate) fn reply(&mut self, asked: &Asked, reply: &Reply) {
-        if let Some(client) = self.clients.get_mut(&asked.client) {
-            client.reply(asked.call.session, reply);
+        if let Some(client) = self.clients.get_mut(&asked.client)
+            && !client.reply(asked.call.session, reply)
+        {
             self.awake.push(asked.client);
         }
     }

@@ -26,6 +26,9 @@ const LAUNCH: u32 = u32::MAX - 1;
 /// How long an attached sandbox has to end once its application is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
 
+/// How long the guest waits for the news that its packets were taken, when it receives nothing.
+const TELL_AFTER: Duration = Duration::from_millis(10);
+
 /// What the guest's processes get of a stop's time-out between TERM and KILL; the rest is for sync.
 fn grace(timeout: Duration) -> u32 {
     u32::try_from(timeout.as_millis() * 8 / 10).unwrap_or(u32::MAX)
@@ -60,6 +63,8 @@ struct Supervisor<'a> {
     ending: Option<Ending>,
     announced: bool,
     last_activity: Instant,
+    /// When the guest is told which of its packets were taken, if nothing else does before.
+    tell: Option<Instant>,
     /// Until when the sandbox may live.
     lifetime: Option<Instant>,
 }
@@ -118,6 +123,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         ending: None,
         announced: false,
         last_activity: now,
+        tell: None,
         spec,
         launch,
         store,
@@ -128,6 +134,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         began,
     };
     supervisor.vsock().listen(Port(cubby_protocol::CONTROL_PORT));
+    supervisor.vsock().be_patient();
     supervisor.vm.resume();
     let mut again = false;
     while supervisor.vm.exit().is_none() {
@@ -192,15 +199,14 @@ impl Supervisor<'_> {
             }
         }
         let mut asked = Vec::new();
-        again |= self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
         // A pause waits until no vCPU is in a device, and one may be waiting for this.
         drop(vsock);
         for asked in asked {
-            again = true;
             self.on_request(asked);
         }
         self.on_time(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
-        Ok(again)
+        Ok(again || self.relay.is_awake())
     }
 
     fn gate(&self) -> Gate {
@@ -416,7 +422,7 @@ impl Supervisor<'_> {
     fn until_deadline(&self) -> Option<Duration> {
         let idle = self.idle_deadline();
         let ending = self.ending.as_ref().and_then(|ending| ending.deadline);
-        [self.boot_deadline, self.lifetime, idle, ending]
+        [self.boot_deadline, self.lifetime, idle, ending, self.tell]
             .into_iter()
             .flatten()
             .min()
@@ -435,6 +441,10 @@ impl Supervisor<'_> {
         if self.relay.sessions() > 0 {
             self.last_activity = now;
         }
+        if due(self.tell) {
+            vsock.tell();
+        }
+        self.tell = vsock.has_untold().then(|| self.tell.unwrap_or(now + TELL_AFTER));
         if due(self.boot_deadline) {
             self.boot_deadline = None;
             let stage = self.boot_stage();
