@@ -18,10 +18,12 @@ const GUEST_CID: u32 = 3;
 
 /// The console is there for panics; what a healthy guest prints would only cost boot time. A panic and a
 /// reboot reset the machine through the keyboard controller, which the VMM sees. The random pool takes the
-/// processor's word at boot and the host's entropy from the agent.
+/// processor's word at boot and the host's entropy from the agent. The initramfs is not freed: the kernel would
+/// overwrite it first, and each of its pages, which all sandboxes share, would be copied for that.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 random.trust_cpu=on \
                        cryptomgr.notests rcupdate.rcu_expedited=1 no_timer_check noreplace-smp \
-                       8250.nr_uarts=1 percpu_alloc=page rdinit=/init";
+                       8250.nr_uarts=1 percpu_alloc=page retain_initrd \
+                       initcall_blacklist=blake2s_mod_init rdinit=/init";
 
 /// When the guest came how far, as its marks say.
 #[derive(Clone, Default)]

@@ -118,7 +118,9 @@ mod tests {
 
     #[test]
     fn segments_and_file_agree_in_both_directions() {
-        let mut file = super::super::memfd("test", 0).unwrap();
+        let path = std::env::temp_dir().join(format!("cubby-file-{}", std::process::id()));
+        let mut file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
         file.write_all(&[0; 10_000]).unwrap();
         let mut memory: Vec<u8> = (0..=255).cycle().take(9000).collect();
         let whole = Slice::from(memory.as_mut_slice());

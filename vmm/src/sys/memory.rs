@@ -1,26 +1,23 @@
-//! Guest memory's file and its KVM memory slots.
+//! Guest memory: its KVM memory slots, the files mapped into it, the size of its pages.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 
 use cubby_devices::Memory;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
-/// A file of `size` bytes in memory that no other process can open.
-pub(crate) fn memfd(name: &str, size: u64) -> io::Result<File> {
-    let name = std::ffi::CString::new(name)?;
-    // SAFETY: `name` is a valid C string for the call, which keeps no pointer to it.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+/// Asks for large pages in `length` bytes of `region` from `start` on, both multiples of a large page, when they are
+/// first touched (madvise(2), `MADV_HUGEPAGE`; what most systems allow everybody).
+pub(crate) fn prefer_large_pages(region: &GuestRegionMmap, start: usize, length: usize) -> io::Result<()> {
+    let slice = region.get_slice(MemoryRegionAddress(start as u64), length).map_err(io::Error::other)?;
+    // SAFETY: the range lies inside one live mapping, and the advice changes no contents.
+    match unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), length, libc::MADV_HUGEPAGE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
-    // SAFETY: the kernel just returned this descriptor and nobody else has it.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(size)?;
-    Ok(file)
 }
 
 /// Gives `region` to the VM as memory slot `slot`. The caller keeps the mapping as long as the VM lives.

@@ -1,4 +1,4 @@
-//! The system calls that need `unsafe`: a memfd, memory slots, and the signal that takes a vCPU out of
+//! The system calls that need `unsafe`: memory slots and mappings, and the signal that takes a vCPU out of
 //! `KVM_RUN`. Every block says why it is sound; the rest of the crate has none.
 #![allow(unsafe_code)]
 
@@ -10,4 +10,4 @@ mod memory;
 pub(crate) use entropy::OsEntropy;
 pub(crate) use file::{punch_hole, read_exact_at, set_direct, write_all_at, zero_range};
 pub(crate) use kick::{KickTarget, install_kick_handler, kick};
-pub(crate) use memory::{map_private, memfd, set_memory_slot};
+pub(crate) use memory::{map_private, prefer_large_pages, set_memory_slot};
