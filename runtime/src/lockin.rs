@@ -7,7 +7,7 @@
 //! | privileges: `no_new_privs`, capabilities | every thread | `EPERM` |
 //! | files: Landlock | every thread | `EACCES` |
 //! | system calls: a seccomp filter for each kind of thread | every thread | the process is killed (SIGSYS) |
-//! | limits: descriptors, processes, file sizes, core dumps | the process | `EMFILE`, `EAGAIN`, SIGXFSZ |
+//! | limits: descriptors, file sizes, core dumps | the process | `EMFILE`, SIGXFSZ |
 //!
 //! The VMM's threads call [`LockIn::thread`] before anything else, the main thread [`LockIn::finish`] before it
 //! lets the vCPUs run. A host whose kernel has no seccomp runs no sandbox. One without Landlock does, and says

@@ -33,7 +33,10 @@ async fn every_thread_of_a_sandbox_process_is_filtered_and_has_no_privileges() {
         }
         // An ordinary user cannot shrink it, and cannot gain anything from it.
         assert!(!geteuid().is_root() || field(&status, "CapBnd") == "0000000000000000", "{status}");
-        threads.push(thread);
+        // Newer kernels run a worker of KVM's own in the process, which never leaves the kernel.
+        if !thread.starts_with("kvm-nx-lpage") {
+            threads.push(thread);
+        }
     }
     threads.sort();
     assert_eq!(threads, ["cubby-sandbox", "disk0", "disk1", "vcpu0", "vcpu1"]);
@@ -54,7 +57,6 @@ async fn a_sandbox_process_has_limits() {
     for (name, most) in [
         ("Max core file size", 0),
         ("Max open files", 256 + 16),
-        ("Max processes", 0),
         ("Max file size", 16_u64 << 30),
         ("Max locked memory", 0),
     ] {

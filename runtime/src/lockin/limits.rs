@@ -1,5 +1,7 @@
 //! Resource limits (getrlimit(2)): a second net under the filters, and the only one for what permitted calls may
-//! take. There is none on address space: guest memory is most of it, and the rest is bounded where it is used.
+//! take. There is none on address space: guest memory is most of it, and the rest is bounded where it is used. Nor is
+//! there one on processes: newer kernels start a thread of KVM's own in this one at its first `KVM_RUN`, which would
+//! count and fail.
 
 use std::io;
 
@@ -35,8 +37,6 @@ pub(super) fn set(limits: &Limits) -> io::Result<()> {
         (Resource::Core, 0),
         (Resource::Nofile, DESCRIPTORS + u64::from(limits.clients)),
         (Resource::Fsize, limits.disk.max(LARGEST_FILE)),
-        // Threads count too: those of now stay, and no more can be.
-        (Resource::Nproc, 0),
         (Resource::Memlock, 0),
         (Resource::Msgqueue, 0),
     ] {
