@@ -100,5 +100,6 @@ pub(super) const MAIN: &[Call] = &[
     any(c::SYS_fdatasync),
     any(c::SYS_ftruncate),
     only(c::SYS_fcntl, Only::OneOf(1, LOCKS)),
-    any(c::SYS_geteuid), // to compare a peer's user with
+    any(c::SYS_gettimeofday), // SQLite's clock, where it cannot be read in user space
+    any(c::SYS_geteuid),      // to compare a peer's user with
 ];
