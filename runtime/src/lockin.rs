@@ -45,10 +45,12 @@ fn refused(what: &'static str) -> impl Fn(&dyn Display) -> io::Error {
 }
 
 impl LockIn {
-    /// Prepares for the process that serves a sandbox of `home`.
+    /// Prepares for the process that serves a sandbox of `home`. From here on it can lose privileges only, and so can the
+    /// threads that it starts.
     pub(crate) fn prepare(home: &Home) -> io::Result<Arc<Self>> {
         // The usual report of a panic would look at files and memory maps for a backtrace.
         std::panic::set_hook(Box::new(|panic| eprintln!("cubby-sandbox: {panic}")));
+        privileges::gain_none()?;
         let pid = rustix::process::getpid();
         Ok(Arc::new(Self {
             files: files::Files::of(home)?,

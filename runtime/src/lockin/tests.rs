@@ -270,6 +270,7 @@ fn descriptors_and_files_have_a_limit() {
 #[test]
 fn a_thread_has_no_privileges_left_and_gains_none() {
     let status = std::thread::spawn(|| {
+        privileges::gain_none().unwrap();
         privileges::drop_all().unwrap();
         let root = rustix::process::geteuid().is_root();
         (root, fs::read_to_string("/proc/thread-self/status").unwrap(), rustix::process::chroot("/"))
