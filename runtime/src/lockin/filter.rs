@@ -180,7 +180,10 @@ mod tests {
                     loaded = match k {
                         NUMBER => number,
                         ARCHITECTURE => architecture,
-                        k => arguments[(k as usize - 16) / 8] as u32,
+                        k => {
+                            let [low @ .., _, _, _, _] = arguments[(k as usize - 16) / 8].to_le_bytes();
+                            u32::from_le_bytes(low)
+                        }
                     };
                     at += 1;
                     continue;
