@@ -181,6 +181,7 @@ mod tests {
                         NUMBER => number,
                         ARCHITECTURE => architecture,
                         k => {
+                            assert_eq!(k % 8, 0, "not the low half of an argument");
                             let [low @ .., _, _, _, _] = arguments[(k as usize - 16) / 8].to_le_bytes();
                             u32::from_le_bytes(low)
                         }
