@@ -15,7 +15,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, 
 
 use crate::boot::identity;
 use crate::output::Output;
-use crate::sys::VsockAddr;
+use crate::sys::{self, VsockAddr};
 
 /// The host's CID (virtio 1.2 §5.10.4).
 pub const HOST_CID: u32 = 2;
@@ -71,6 +71,7 @@ impl Control {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
             socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None).map_err(io("vsock socket"))?;
+        sys::connect_patiently(&socket).map_err(io("vsock connect time-out"))?;
         match connect(&socket, &VsockAddr { cid: HOST_CID, port: CONTROL_PORT }) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(errno) => return Err(io("vsock connect")(errno)),

@@ -4,7 +4,7 @@
 //! - [`Launcher`]: starts a program in a child that shares the agent's memory until it calls `execve`.
 //! - [`block_sigchld`]: the end of a child as a readable file descriptor.
 //! - [`VsockAddr`], [`vsock_peer`]: addresses of `AF_VSOCK`.
-//! - [`add_entropy`], [`loopback_up`], [`kill_group`]: three calls whose safe wrappers do not exist.
+//! - [`add_entropy`], [`connect_patiently`], [`loopback_up`], [`kill_group`]: calls whose safe wrappers do not exist.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -55,6 +55,19 @@ pub fn add_entropy(random: impl AsFd, bytes: [u8; 32]) -> Result<(), Errno> {
     let info = PoolInfo { entropy_bits: 256, size: 32, bytes };
     // SAFETY: the kernel reads `size` bytes after the two integers, and the structure holds exactly these.
     check(unsafe { libc::ioctl(random.as_fd().as_raw_fd(), RNDADDENTROPY, &info) }).map(drop)
+}
+
+/// Lets a connect on a vsock take as long as the host needs: the kernel would give up after two seconds (vsock(7)).
+pub fn connect_patiently(socket: impl AsFd) -> Result<(), Errno> {
+    const CONNECT_TIMEOUT: c_int = 6;
+    let limit = libc::timeval { tv_sec: 3600, tv_usec: 0 };
+    let size = libc::socklen_t::try_from(size_of_val(&limit)).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the kernel reads `size` bytes of `limit`, which lives until the call returns.
+    check(unsafe {
+        let (fd, value) = (socket.as_fd().as_raw_fd(), (&raw const limit).cast());
+        libc::setsockopt(fd, libc::AF_VSOCK, CONNECT_TIMEOUT, value, size)
+    })
+    .map(drop)
 }
 
 /// Brings the loopback interface up (netdevice(7)).

@@ -310,21 +310,12 @@ impl Client {
                 return Ok(true);
             }
             let Some(count) = write(&mut self.socket, bytes, &mut self.writable)? else { continue };
-            let sessions = &mut self.sessions;
-            let mut forbidden = None;
-            let scanned = self.from_guest.scan(bytes.get(..count).unwrap_or_default(), |header| {
-                if header.kind.ends_session() {
-                    sessions.remove(&header.session);
-                } else if !agent_may_send(header.kind) {
-                    forbidden = Some(header.kind);
-                }
-            });
+            let forwarded = bytes.get(..count).unwrap_or_default();
+            let checked = check_agent(&mut self.from_guest, forwarded, &mut self.sessions);
             vsock.consume(id, count);
             moved += count;
-            if scanned.is_err() || forbidden.is_some() {
-                // The application was sent the same bytes and finds the same fault.
-                return Err(Gone);
-            }
+            // The application was sent the same bytes and finds the same fault.
+            checked?;
         }
     }
 
@@ -355,6 +346,20 @@ impl Client {
     }
 }
 
+/// Looks at the headers in what came from the guest: takes sessions that end out of `sessions`, and finds what no
+/// agent sends.
+fn check_agent(scanner: &mut Scanner, bytes: &[u8], sessions: &mut HashSet<SessionId>) -> Result<(), Gone> {
+    let mut forbidden = false;
+    let scanned = scanner.scan(bytes, |header| {
+        if header.kind.ends_session() {
+            sessions.remove(&header.session);
+        } else {
+            forbidden |= !agent_may_send(header.kind);
+        }
+    });
+    if scanned.is_err() || forbidden { Err(Gone) } else { Ok(()) }
+}
+
 /// What an agent sends on a client's stream after its Hello.
 fn agent_may_send(kind: Kind) -> bool {
     matches!(kind, Kind::Pong | Kind::Started | Kind::Stdout | Kind::Stderr | Kind::Credit | Kind::Fatal)
@@ -370,5 +375,58 @@ fn write(socket: &mut UnixStream, bytes: &[u8], writable: &mut bool) -> Result<O
         }
         Err(error) if error.kind() == ErrorKind::Interrupted => Ok(None),
         Err(_) => Err(Gone),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: Kind, session: SessionId) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        cubby_protocol::encode_raw(kind, session, b"x", &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn frames_that_an_agent_may_not_send_end_the_connection() {
+        let allowed = [0x02, 0x04, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x4b];
+        let mut seen = 0;
+        for byte in 0..=u8::MAX {
+            let Ok(kind) = Kind::try_from(byte) else { continue };
+            // A good one before it, and all of it in pieces of any size.
+            let session = SessionId::CONNECTION;
+            let bytes = [frame(Kind::Pong, session), frame(kind, session)].concat();
+            for size in 1..=bytes.len() {
+                let (mut scanner, mut sessions) = (Scanner::default(), HashSet::new());
+                let outcome: Result<(), Gone> =
+                    bytes.chunks(size).try_for_each(|piece| check_agent(&mut scanner, piece, &mut sessions));
+                assert_eq!(outcome.is_ok(), allowed.contains(&byte), "{kind:?} in pieces of {size}");
+            }
+            seen += usize::from(allowed.contains(&byte));
+        }
+        assert_eq!(seen, allowed.len());
+        // Nor may it send what is no frame.
+        let mut broken = frame(Kind::Stdout, SessionId::CONNECTION);
+        broken[..4].fill(0xff);
+        assert!(check_agent(&mut Scanner::default(), &broken, &mut HashSet::new()).is_err());
+    }
+
+    #[test]
+    fn sessions_are_over_when_the_relay_sees_their_end_and_not_before() {
+        let [one, two] = [SessionId(1), SessionId(2)];
+        let (mut scanner, mut sessions) = (Scanner::default(), HashSet::from([one, two]));
+        let mut from_agent = |bytes: &[u8], left: &[SessionId]| {
+            check_agent(&mut scanner, bytes, &mut sessions).unwrap();
+            assert_eq!(sessions, left.iter().copied().collect());
+        };
+        from_agent(&frame(Kind::Stdout, one), &[one, two]);
+        let end = frame(Kind::Exited, one);
+        let (begin, rest) = end.split_at(Header::SIZE - 1);
+        from_agent(begin, &[one, two]);
+        from_agent(rest, &[two]);
+        // One that is over, or never was, ends nothing.
+        from_agent(&frame(Kind::Failed, one), &[two]);
+        from_agent(&frame(Kind::Refused, two), &[]);
     }
 }

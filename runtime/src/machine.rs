@@ -63,6 +63,7 @@ pub(crate) fn config(spec: &LaunchSpec, assets: &Assets, marked: Marked) -> Resu
         vsock_cid: Some(GUEST_CID),
         console: None,
         marks: Some(Marks { port: MARK_IO_PORT, on_mark }),
+        on_thread: None,
     })
 }
 

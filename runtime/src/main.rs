@@ -1,13 +1,14 @@
 //! `cubby-sandbox`: the process behind one sandbox. An application starts it with a socket as its standard
 //! input (see [`launch`]); it boots one microVM, relays between clients and the guest's agent, keeps the
 //! sandbox's policies, and writes how it ended. It runs no guest command itself and knows no SDK.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod assets;
 mod client;
 mod control;
 mod ending;
 mod launch;
+mod lockin;
 mod machine;
 mod relay;
 mod supervisor;
@@ -18,12 +19,17 @@ use std::time::Instant;
 use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store};
 use cubby_vmm::{Error, Vm};
 use launch::Launch;
+use lockin::{Limits, LockIn};
 use machine::Marked;
 use relay::Relay;
 use supervisor::Parts;
 
 fn main() -> ExitCode {
     let began = Instant::now();
+    if let Err(error) = lockin::close_inherited() {
+        eprintln!("cubby-sandbox: closing the descriptors of others: {error}");
+        return ExitCode::FAILURE;
+    }
     if std::env::args_os().nth(1).is_some() {
         println!("cubby-sandbox {} is started by the cubbyhole library", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
@@ -93,7 +99,8 @@ fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -
         ..Failure::at("assets", missing)
     })?;
     let marked = Marked::default();
-    let config = machine::config(spec, &assets, marked.clone()).map_err(|why| Failure::at("disks", why))?;
+    let mut config =
+        machine::config(spec, &assets, marked.clone()).map_err(|why| Failure::at("disks", why))?;
     let relay = Relay::listen(&spec.socket, spec.config.max_clients)
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {
@@ -102,8 +109,17 @@ fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -
         }
         error => Failure::at("vm", chain(&error)),
     };
+    let locking = |error: std::io::Error| Failure {
+        remedy: Some("the host's kernel must have seccomp filters (CONFIG_SECCOMP_FILTER)".into()),
+        ..Failure::at("lock-in", error)
+    };
+    let lock_in = LockIn::prepare(&spec.home).map_err(locking)?;
+    config.on_thread = Some(lock_in.on_thread());
     let mut events = Vm::event_loop().map_err(vmm)?;
     let vm = Vm::boot(config, &mut events).map_err(vmm)?;
+    // Everything is open and every thread runs. The guest does not yet.
+    let limits = Limits { clients: spec.config.max_clients, disk: u64::from(spec.config.disk_mib) << 20 };
+    lock_in.finish(&limits).map_err(locking)?;
     supervisor::run(Parts { spec, launch, store, relay, vm, events, marked, began })
         .map_err(|why| Failure::at("supervisor", why))
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use cubby_protocol::message::{Fatal, Reply};
 use cubby_vmm::devices::vsock::{StreamId, Vsock};
 use event_manager::{EventOps, Events};
+use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::client::{Call, Client, Gate, Gone};
@@ -111,8 +112,9 @@ impl Relay {
     }
 
     fn accept_all(&mut self, ops: &mut EventOps, vsock: &mut Vsock) {
-        while let Ok((socket, _)) = self.listener.accept() {
-            if !is_owner(&socket) || socket.set_nonblocking(true).is_err() {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        while let Ok(socket) = rustix::net::accept_with(&self.listener, flags).map(UnixStream::from) {
+            if !is_owner(&socket) {
                 continue;
             }
             let mut client = Client::new(socket);

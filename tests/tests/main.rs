@@ -10,6 +10,7 @@ mod flow;
 mod host;
 mod image;
 mod lifecycle;
+mod lockin;
 mod many;
 mod processes;
 

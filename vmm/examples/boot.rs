@@ -26,6 +26,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         vsock_cid: Some(3),
         console: Some(Box::new(std::io::stdout())),
         marks: None,
+        on_thread: None,
     };
     let mut events = Vm::event_loop()?;
     let vm = Vm::boot(config, &mut events)?;

@@ -105,3 +105,94 @@ fn serial_register(port: u16) -> u8 {
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use cubby_devices::rng::Rng;
+    use cubby_devices::{Interrupt, Memory};
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::sys::OsEntropy;
+
+    struct NoLine;
+
+    impl Interrupt for NoLine {
+        fn raise(&self) {}
+    }
+
+    const MARK: u16 = 0x510;
+
+    /// One device, and marks that end the VM: a write that strays to either is seen.
+    fn bus() -> Bus {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let device = Transport::new(Arc::new(Mutex::new(Rng::new(OsEntropy))), memory, Arc::new(NoLine));
+        Bus {
+            console: Mutex::new(Console::new(Arc::new(NoLine), None)),
+            marks: Some(Mutex::new(Marks { port: MARK, on_mark: Box::new(|_| Flow::PowerOff) })),
+            virtio: vec![Mutex::new(device)],
+        }
+    }
+
+    #[test]
+    fn ports_that_nobody_has_read_as_ones_and_swallow_writes() {
+        let bus = bus();
+        let (mut nobody, mut somebody) = (0, 0);
+        for port in 0..=u16::MAX {
+            let taken = matches!(port, 0x60 | 0x64 | 0x3f8..=0x3ff | MARK);
+            for size in [1, 2, 4] {
+                let mut data = [0x5a; 4];
+                bus.port_in(port, &mut data[..size]);
+                // What is wider than a register reads as ones beside it.
+                assert_eq!(data[1..size], [0xff; 3][..size - 1], "port {port:#x}");
+                assert_eq!(data[size..], [0x5a; 3][..4 - size], "port {port:#x}");
+                let end = bus.port_out(port, &[0; 4][..size]);
+                if taken {
+                    somebody += 1;
+                } else {
+                    assert_eq!(data[0], 0xff, "port {port:#x}");
+                    assert_eq!(end, None, "port {port:#x}");
+                    nobody += 1;
+                }
+            }
+            assert_eq!(bus.port_out(port, &[]), None);
+        }
+        assert_eq!((nobody, somebody), ((0x10000 - 11) * 3, 33));
+        assert_eq!(bus.port_out(MARK, &[0]), Some(Exit::PowerOff));
+        assert_eq!(bus.port_out(0x64, &[0xfe]), Some(Exit::Reset));
+    }
+
+    #[test]
+    fn addresses_that_nobody_has_read_as_ones_and_swallow_writes() {
+        let bus = bus();
+        let read = |address| {
+            let mut data = [0; 4];
+            bus.mmio_read(address, &mut data);
+            u32::from_le_bytes(data)
+        };
+        let magic = u32::from_le_bytes(*b"virt");
+        assert_eq!(read(layout::VIRTIO_MMIO), magic);
+        let end = layout::VIRTIO_MMIO + layout::VIRTIO_MMIO_SIZE;
+        let strange = [
+            0,
+            0xfff,
+            layout::VIRTIO_MMIO - 4,
+            end,
+            end + 0x70,
+            0xfee0_0000,
+            1 << 40,
+            u64::MAX - 3,
+            u64::MAX,
+        ];
+        for address in strange {
+            assert_eq!(read(address), u32::MAX, "{address:#x}");
+            bus.mmio_write(address, &1_u32.to_le_bytes());
+            bus.mmio_write(address, &[]);
+            bus.mmio_read(address, &mut []);
+        }
+        // The device has seen nothing of it: its status is still that of its reset.
+        assert_eq!((read(layout::VIRTIO_MMIO), read(layout::VIRTIO_MMIO + 0x70)), (magic, 0));
+    }
+}

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::bus::Marks;
 use crate::initramfs::Initramfs;
+use crate::thread::OnThread;
 
 /// A virtual machine to boot.
 pub struct VmConfig {
@@ -28,6 +29,8 @@ pub struct VmConfig {
     pub console: Option<Box<dyn io::Write + Send>>,
     /// An I/O port through which the guest tells the embedder how far it has come.
     pub marks: Option<Marks>,
+    /// Called at the start of each thread. [`crate::Vm::boot`] returns once it has been on all of them.
+    pub on_thread: Option<OnThread>,
 }
 
 /// A disk backed by a raw file. Its size is the file's, in whole sectors of 512 bytes.

@@ -29,6 +29,7 @@ mod kernel;
 mod memory;
 pub mod probe;
 mod sys;
+mod thread;
 mod vcpu;
 mod vm;
 mod worker;
@@ -37,6 +38,7 @@ pub use bus::{Flow, Marks};
 pub use config::{Disk, DiskCache, Error, VmConfig};
 pub use exit::Exit;
 pub use initramfs::Initramfs;
+pub use thread::{OnThread, ThreadKind};
 pub use vm::Vm;
 pub use worker::{DeviceLoop, EventLoop};
 

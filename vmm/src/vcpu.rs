@@ -11,6 +11,7 @@ use crate::bus::Bus;
 use crate::config::Error;
 use crate::exit::{Exit, ExitSlot};
 use crate::sys;
+use crate::thread::{ThreadKind, Threads};
 
 /// What the owner asks of a vCPU. A closed channel asks it to end.
 enum Command {
@@ -27,12 +28,17 @@ pub(crate) struct VcpuThread {
 
 impl VcpuThread {
     /// Starts the thread of vCPU `index`, parked.
-    pub(crate) fn spawn(index: u8, fd: VcpuFd, bus: Arc<Bus>, exit: Arc<ExitSlot>) -> Result<Self, Error> {
+    pub(crate) fn spawn(
+        index: u8,
+        fd: VcpuFd,
+        bus: Arc<Bus>,
+        exit: Arc<ExitSlot>,
+        threads: &mut Threads,
+    ) -> Result<Self, Error> {
         let (commands, receiver) = sync_channel(1);
         let mut vcpu = Vcpu { index, fd, bus, commands: receiver };
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .spawn(move || {
+        let thread = threads
+            .spawn(ThreadKind::Vcpu, format!("vcpu{index}"), move || {
                 let kicks = sys::KickTarget::new(&mut vcpu.fd);
                 if let Some(how) = vcpu.live() {
                     exit.set(how);

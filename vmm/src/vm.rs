@@ -16,6 +16,7 @@ use crate::arch::{self, cpu, layout};
 use crate::bus::{Bus, lock};
 use crate::config::{Error, VmConfig};
 use crate::exit::{Exit, ExitSlot};
+use crate::thread::Threads;
 use crate::vcpu::VcpuThread;
 use crate::worker::{DeviceLoop, EventLoop, Worker, new_loop};
 use crate::{disk, kernel, memory, probe, sys};
@@ -65,11 +66,12 @@ impl Vm {
         let load_done = Instant::now();
 
         let mut devices = Devices { vm: &vm, memory: &memory, transports: Vec::new() };
+        let mut threads = Threads::new(config.on_thread);
         let mut workers = Vec::with_capacity(disks);
         for (index, disk) in config.disks.into_iter().enumerate() {
             let blk = disk::open(index, disk)?;
             let device = devices.add(Arc::new(Mutex::new(blk)))?;
-            workers.push(Worker::spawn(format!("disk{index}"), device)?);
+            workers.push(Worker::spawn(format!("disk{index}"), device, &mut threads)?);
         }
         events.add_subscriber(Box::new(devices.add(Arc::new(Mutex::new(Rng::new(sys::OsEntropy))))?));
         let vsock = config.vsock_cid.map(GuestCid::try_from).transpose().map_err(|_| Error::Config {
@@ -89,7 +91,8 @@ impl Vm {
             virtio: devices.transports.into_iter().map(Mutex::new).collect(),
         });
         let exit = Arc::new(ExitSlot::new().map_err(Error::resource("the exit event"))?);
-        let vcpus = start_vcpus(&kvm, &vm, config.vcpus, loaded.entry, &bus, &exit)?;
+        let vcpus = start_vcpus(&kvm, &vm, config.vcpus, loaded.entry, &bus, &exit, &mut threads)?;
+        threads.wait()?;
         let phases = [("kvm", kvm_done), ("load", load_done), ("devices", Instant::now())];
         Ok(Self { vcpus, exit, vsock, phases, console, disks: workers, _vm: vm, _memory: memory })
     }
@@ -261,6 +264,7 @@ fn start_vcpus(
     entry: u64,
     bus: &Arc<Bus>,
     exit: &Arc<ExitSlot>,
+    threads: &mut Threads,
 ) -> Result<Vec<VcpuThread>, Error> {
     sys::install_kick_handler().map_err(Error::resource("the kick signal"))?;
     let template = cpu::CpuTemplate::new(kvm)?;
@@ -268,7 +272,7 @@ fn start_vcpus(
         .map(|index| {
             let fd = vm.create_vcpu(u64::from(index)).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
             cpu::set_up(&fd, &template, index, count, entry)?;
-            VcpuThread::spawn(index, fd, bus.clone(), exit.clone())
+            VcpuThread::spawn(index, fd, bus.clone(), exit.clone(), threads)
         })
         .collect()
 }

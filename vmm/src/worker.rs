@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::lock;
 use crate::config::Error;
+use crate::thread::{ThreadKind, Threads};
 
 /// An event loop that a [`crate::Vm`] puts its devices on. The embedder adds its own subscribers and
 /// runs it.
@@ -73,7 +74,7 @@ impl MutEventSubscriber for Stop {
 }
 
 impl Worker {
-    pub(crate) fn spawn(name: String, device: DeviceLoop) -> Result<Self, Error> {
+    pub(crate) fn spawn(name: String, device: DeviceLoop, threads: &mut Threads) -> Result<Self, Error> {
         let failed = Error::resource("a device thread");
         let logic = device.device.clone();
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(&failed)?;
@@ -84,9 +85,8 @@ impl Worker {
             event: stop.try_clone().map_err(&failed)?,
             stopped: stopped.clone(),
         }));
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || while !*lock(&stopped) && events.run().is_ok() {})
+        let thread = threads
+            .spawn(ThreadKind::Worker, name, move || while !*lock(&stopped) && events.run().is_ok() {})
             .map_err(&failed)?;
         Ok(Self { device: logic, thread: Some(thread), stop })
     }

@@ -1,0 +1,105 @@
+//! The system calls of each kind of thread after the lock-in. What is not here kills the process. A call is here
+//! because the tests make it, or because the C library may make it on another kernel or in another version; then
+//! the line says so. No thread starts another, opens a socket, or runs a program.
+
+use libc as c;
+
+use super::filter::{Call, Only};
+
+const fn any(number: libc::c_long) -> Call {
+    Call { number, only: Only::Any }
+}
+
+const fn only(number: libc::c_long, only: Only) -> Call {
+    Call { number, only }
+}
+
+/// Memory that holds no code: what was not executable at the lock-in never will be.
+const NO_CODE: Only = Only::Without(2, c::PROT_EXEC.cast_unsigned());
+
+/// `KVM_RUN`, `_IO(KVMIO, 0x80)` (linux/kvm.h): what was set up stays as it is.
+const KVM_RUN: u32 = 0xae80;
+
+/// Faults and `abort`, whose handlers put the default back so that the process ends with their signal.
+const FATAL_SIGNALS: &[u32] =
+    &[c::SIGSEGV.cast_unsigned(), c::SIGBUS.cast_unsigned(), c::SIGABRT.cast_unsigned()];
+
+/// Memory, locks, time, eventfds, messages of a panic, and the end of a thread.
+pub(super) const EVERY_THREAD: &[Call] = &[
+    any(c::SYS_read),
+    any(c::SYS_write),
+    any(c::SYS_writev), // the C library's last words, of a heap that is broken
+    any(c::SYS_close),
+    only(c::SYS_fcntl, Only::OneOf(1, &[c::F_GETFD.cast_unsigned()])), // debug builds, before they close
+    any(c::SYS_futex),
+    any(c::SYS_brk),
+    only(c::SYS_mmap, NO_CODE),
+    only(c::SYS_mprotect, NO_CODE),
+    any(c::SYS_munmap),
+    any(c::SYS_mremap),
+    any(c::SYS_madvise),
+    any(c::SYS_sched_getaffinity), // malloc asks once how many arenas are worth while
+    any(c::SYS_sched_yield),
+    any(c::SYS_getrandom),     // seeds of hash maps
+    any(c::SYS_clock_gettime), // where the clock cannot be read in user space
+    any(c::SYS_clock_nanosleep),
+    any(c::SYS_nanosleep), // older C libraries
+    any(c::SYS_restart_syscall),
+    any(c::SYS_rt_sigreturn),
+    any(c::SYS_rt_sigprocmask),
+    any(c::SYS_sigaltstack),
+    only(c::SYS_rt_sigaction, Only::OneOf(0, FATAL_SIGNALS)),
+    any(c::SYS_getpid),
+    any(c::SYS_gettid),
+    only(c::SYS_tgkill, Only::OurselvesAt(0)), // kicks, and `abort`
+    any(c::SYS_exit),
+    any(c::SYS_exit_group),
+];
+
+/// A vCPU: into the guest and out again. Interrupts are eventfds, which are written.
+pub(super) const VCPU: &[Call] = &[only(c::SYS_ioctl, Only::OneOf(1, &[KVM_RUN]))];
+
+/// A disk: kicks come by epoll, its file is open.
+pub(super) const WORKER: &[Call] = &[
+    any(c::SYS_epoll_wait),
+    any(c::SYS_epoll_pwait), // other C libraries
+    any(c::SYS_epoll_ctl),
+    any(c::SYS_preadv),
+    any(c::SYS_pwritev),
+    any(c::SYS_pwrite64), // zeros, on file systems that cannot make a range of them
+    any(c::SYS_fdatasync),
+    any(c::SYS_fallocate),
+];
+
+/// `F_GETLK` and its kin: SQLite's locks.
+const LOCKS: &[u32] = &[c::F_GETLK.cast_unsigned(), c::F_SETLK.cast_unsigned(), c::F_SETLKW.cast_unsigned()];
+
+/// The event loop, its clients, and the store.
+pub(super) const MAIN: &[Call] = &[
+    any(c::SYS_epoll_wait),
+    any(c::SYS_epoll_pwait), // other C libraries
+    any(c::SYS_epoll_ctl),
+    // Clients. Connections come in; none goes out.
+    any(c::SYS_accept4),
+    only(c::SYS_getsockopt, Only::OneOf(2, &[c::SO_PEERCRED.cast_unsigned()])),
+    any(c::SYS_recvfrom),
+    any(c::SYS_sendto),
+    // The store, in a directory of its own: Landlock says where.
+    any(c::SYS_openat),
+    any(c::SYS_newfstatat),
+    any(c::SYS_statx),
+    any(c::SYS_stat),  // older C libraries
+    any(c::SYS_lstat), // older C libraries
+    any(c::SYS_fstat), // newer and older ones
+    any(c::SYS_access),
+    any(c::SYS_unlink),
+    any(c::SYS_pread64),
+    any(c::SYS_pwrite64),
+    any(c::SYS_lseek),
+    any(c::SYS_fsync),
+    any(c::SYS_fdatasync),
+    any(c::SYS_ftruncate),
+    only(c::SYS_fcntl, Only::OneOf(1, LOCKS)),
+    any(c::SYS_gettimeofday), // SQLite's clock, where it cannot be read in user space
+    any(c::SYS_geteuid),      // to compare a peer's user with
+];
