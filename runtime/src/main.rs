@@ -1,26 +1,33 @@
 //! `cubby-sandbox`: the process behind one sandbox. An application starts it with a socket as its standard
 //! input (see [`launch`]); it boots one microVM, relays between clients and the guest's agent, keeps the
 //! sandbox's policies, and writes how it ended. It runs no guest command itself and knows no SDK.
-#![forbid(unsafe_code)]
+//!
+//! Before it does any of that it forks: what the application started stays behind as the small [`keeper`] of the
+//! process that does.
 
 mod assets;
 mod client;
 mod control;
 mod ending;
+mod keeper;
+mod last_words;
 mod launch;
 mod machine;
 mod relay;
 mod supervisor;
+mod sys;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store};
+use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store, StoreError};
 use cubby_vmm::{Error, Vm};
+use last_words::LastWords;
 use launch::Launch;
 use machine::Marked;
 use relay::Relay;
 use supervisor::Parts;
+use sys::Forked;
 
 fn main() -> ExitCode {
     let began = Instant::now();
@@ -35,12 +42,17 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = prepare(&spec).and_then(|(lock, store)| {
-        let ended = carry(&mut launch, &spec, &store, began);
-        // Only now may the sandbox's next process begin.
-        drop(lock);
-        ended
-    });
+    // This process takes the sandbox: from here on nobody else can.
+    let taken = RunLock::acquire(&spec.lock, RunLock::PATIENCE)
+        .map_err(|error| Failure::at("store", chain(&error)))
+        .and_then(|lock| Ok((lock, LastWords::new().map_err(|error| Failure::at("keeper", error))?)))
+        .and_then(|taken| Ok((taken, sys::fork().map_err(|error| Failure::at("keeper", error))?)));
+    let outcome = match taken {
+        Ok(((lock, console), Forked::Parent(child))) => return keeper::keep(child, &spec, lock, &console),
+        // Its keeper lets go of the lock after it.
+        Ok(((lock, console), Forked::Child)) => be_the_sandbox(&mut launch, &spec, &lock, &console, began),
+        Err(failure) => Err(failure),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { reason, message, remedy }) => {
@@ -68,24 +80,30 @@ impl Failure {
     }
 }
 
-/// Takes the sandbox: from here on this process is the one behind it.
-fn prepare(spec: &LaunchSpec) -> Result<(RunLock, Store), Failure> {
-    let failed = |error: &dyn std::error::Error| Failure::at("store", chain(error));
-    let lock = RunLock::acquire(&spec.lock, RunLock::PATIENCE).map_err(|error| failed(&error))?;
-    let store = Store::open(&spec.home).map_err(|error| failed(&error))?;
-    store.adopt(spec.run, &lock).map_err(|error| failed(&error))?;
-    Ok((lock, store))
-}
-
-/// Boots and carries the sandbox to its end; a boot that fails is recorded.
-fn carry(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -> Result<(), Failure> {
-    boot(launch, spec, store, began).inspect_err(|failure| {
-        // If not even that can be written, the next reader finds the process gone.
+/// Carries the sandbox to its end; a boot that fails is recorded.
+fn be_the_sandbox(
+    launch: &mut Launch,
+    spec: &LaunchSpec,
+    lock: &RunLock,
+    console: &LastWords,
+    began: Instant,
+) -> Result<(), Failure> {
+    let failed = |error: StoreError| Failure::at("store", chain(&error));
+    let store = Store::open(&spec.home).map_err(failed)?;
+    store.adopt(spec.run, lock).map_err(failed)?;
+    boot(launch, spec, &store, console, began).inspect_err(|failure| {
+        // If not even that can be written, the keeper tries again.
         let _ = store.finish(spec.run, &ExitReport::now(failure.reason.clone()));
     })
 }
 
-fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -> Result<(), Failure> {
+fn boot(
+    launch: &mut Launch,
+    spec: &LaunchSpec,
+    store: &Store,
+    console: &LastWords,
+    began: Instant,
+) -> Result<(), Failure> {
     let assets = assets::find(&spec.home.lib()).map_err(|missing| Failure {
         remedy: Some(
             "install them with `cargo xtask install` or name their directory with CUBBY_ASSETS".into(),
@@ -93,7 +111,9 @@ fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -
         ..Failure::at("assets", missing)
     })?;
     let marked = Marked::default();
-    let config = machine::config(spec, &assets, marked.clone()).map_err(|why| Failure::at("disks", why))?;
+    let pen = console.pen().map_err(|error| Failure::at("keeper", error))?;
+    let config =
+        machine::config(spec, &assets, marked.clone(), pen).map_err(|why| Failure::at("disks", why))?;
     let relay = Relay::listen(&spec.socket, spec.config.max_clients)
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {

@@ -23,7 +23,7 @@ pub mod store;
 pub use config::{
     ImageDefaults, ImageSource, InvalidConfig, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName,
 };
-pub use exit::{ExitReason, ExitReport};
+pub use exit::{Death, ExitReason, ExitReport};
 pub use home::{Home, HomeError};
 pub use launch::{LaunchReport, LaunchSpec};
 pub use liveness::{LockError, ProcessIdentity, RunLock};

@@ -5,8 +5,9 @@
 //!   speaks for and the status it expects, and asks [`Status::after`]. Whoever comes second gets a
 //!   typed [`StoreError::Conflict`] or [`StoreError::RunOver`], never the other's row.
 //! * Waiting for another process's transaction is done here: `SQLITE_BUSY` reaches nobody.
-//! * A reader that finds a live status without a living process records the crash ([`liveness`]), looking
-//!   twice: the second time under the write lock, after which no process can claim the run any more.
+//! * A sandbox process records its own end, its keeper that of one which could not ([`Store::bury`]). A reader
+//!   that finds a live status without either records the crash ([`liveness`]), looking twice: the second time
+//!   under the write lock, after which no process can claim the run any more.
 //! * WAL with `synchronous=NORMAL`: a commit survives the death of any process; the last ones before a power
 //!   cut may be lost, whole, together with the sandboxes they spoke of.
 //! * A file that is no database, is damaged, or was written by a newer version is an error, and is not touched.
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 pub use error::StoreError;
 
 use crate::config::{SandboxConfig, SandboxName};
-use crate::exit::{ExitReason, ExitReport};
+use crate::exit::{Death, ExitReason, ExitReport};
 use crate::home::{Home, HomeError};
 use crate::liveness::{self, LockError, ProcessIdentity, RunLock};
 use crate::machine::{Event, Next, Refused, Status};
@@ -231,7 +232,24 @@ impl Store {
     /// [`StoreError::RunOver`] if it has ended already, perhaps in the words of another;
     /// [`StoreError::Refused`] if the reason cannot end a sandbox with its status.
     pub fn finish(&self, run: RunId, report: &ExitReport) -> Result<Status, StoreError> {
-        self.write(|tx| end(tx, &sql::current(tx, run)?, report))
+        self.write(|tx| self.end(tx, &sql::current(tx, run)?, report))
+    }
+
+    /// Ends `run` in the place of a sandbox process that could not, with the last that its guest wrote. An end
+    /// that somebody had announced ([`Store::request_kill`]) is no crash.
+    ///
+    /// # Errors
+    /// [`StoreError::RunOver`] if the process had recorded its end before it went.
+    pub fn bury(&self, run: RunId, death: Death, console: &str) -> Result<Status, StoreError> {
+        self.write(|tx| {
+            let row = sql::current(tx, run)?;
+            let report = if row.record.run.kill_requested {
+                ExitReport::now(ExitReason::Killed)
+            } else {
+                ExitReport::now(death.reason(row.record.status)).with_console(console)
+            };
+            self.end(tx, &row, &report)
+        })
     }
 
     /// One sandbox. If its process is gone, its crash is recorded first.
@@ -354,8 +372,21 @@ impl Store {
             }
             (_, false) => ExitReason::ProcessKilled { signal: 0 },
         };
-        end(tx, &row, &ExitReport::now(reason))?;
+        self.end(tx, &row, &ExitReport::now(reason))?;
         sql::load(tx, name)
+    }
+
+    /// Ends the run of `row`. Its socket goes under the same write lock, before which no other run of that name
+    /// can have begun.
+    fn end(&self, tx: &Transaction<'_>, row: &sql::Row, report: &ExitReport) -> Result<Status, StoreError> {
+        let name = &row.record.name;
+        let status = next(&row.record, report.reason.event())?;
+        let json = serde_json::to_string(report).map_err(|source| self::row(name, source))?;
+        sql::end_run(tx, row.record.run.id, sql::to_ms(report.at), &json)?;
+        sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
+        // One that stays does no harm: the next run binds its own in its place.
+        let _ = fs::remove_file(self.home.socket(name));
+        Ok(status)
     }
 
     /// Renames the directory of `name`, if there is one.
@@ -419,15 +450,6 @@ fn next(record: &Record, event: Event) -> Result<Status, StoreError> {
         Ok(Next::Gone) => Ok(record.status),
         Err(refused) => Err(StoreError::Refused { name: record.name.clone(), refused }),
     }
-}
-
-/// Ends the run of `row`.
-fn end(tx: &Transaction<'_>, row: &sql::Row, report: &ExitReport) -> Result<Status, StoreError> {
-    let status = next(&row.record, report.reason.event())?;
-    let json = serde_json::to_string(report).map_err(|source| self::row(&row.record.name, source))?;
-    sql::end_run(tx, row.record.run.id, sql::to_ms(report.at), &json)?;
-    sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
-    Ok(status)
 }
 
 fn row(name: &SandboxName, source: serde_json::Error) -> StoreError {

@@ -4,6 +4,7 @@
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
 mod boot;
+mod crash;
 mod endurance;
 mod exec;
 mod flow;

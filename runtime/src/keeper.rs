@@ -1,0 +1,129 @@
+//! The keeper: the parent of the sandbox process. It waits, and records the end of one that could not do so
+//! itself: killed by a signal, by the kernel for want of memory, by its own confinement, or by a mistake of
+//! ours. It opens nothing and knows nothing of the guest until then ([ADR 12](../../docs/adr/0012-keeper.md)).
+//!
+//! It shares the run's lock with its child, so that nobody takes the sandbox for dead, or starts it again, before
+//! its end is written; and the launch socket, which closes for the application only after that.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use cubby_state::{Death, LaunchSpec, RunLock, Store, StoreError};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
+use vmm_sys_util::signal::block_signal;
+
+use crate::last_words::LastWords;
+
+/// What somebody who means the sandbox sends to its process group, or to what looks like its main process. Only
+/// SIGKILL ends a keeper before its child.
+const NOT_OURS: [Signal; 6] =
+    [Signal::HUP, Signal::INT, Signal::QUIT, Signal::PIPE, Signal::TERM, Signal::USR1];
+
+/// Waits for the sandbox process `child` and sees to it that its end is on record. The status it returns is what
+/// the application that started the two may learn: whether all went well.
+pub(crate) fn keep(child: Pid, spec: &LaunchSpec, lock: RunLock, console: &LastWords) -> ExitCode {
+    for signal in NOT_OURS {
+        // A keeper that can be ended is still one.
+        let _ = block_signal(signal.as_raw());
+    }
+    let _ = rustix::thread::set_name(c"cubby-keeper");
+    let kills = OomKills::now();
+    let ended = wait(child, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+    let death = match ended.as_ref() {
+        // It says so only once its end is recorded.
+        Some(status) if status.exit_status() == Some(0) => None,
+        Some(status) => Some(match status.terminating_signal() {
+            // The zombie is still there, and still in its control group.
+            Some(SIGKILL) if kills.have_risen(child) => Death::OutOfMemory,
+            Some(signal) => Death::Signal(signal),
+            None => Death::Exit,
+        }),
+        None => Some(Death::Exit),
+    };
+    wait(child, WaitIdOptions::EXITED);
+    let recorded = death.map_or(Ok(()), |death| record(spec, death, console));
+    // From here on the sandbox may begin again.
+    drop(lock);
+    match recorded {
+        Ok(()) if death.is_none() => ExitCode::SUCCESS,
+        Ok(()) => ExitCode::FAILURE,
+        Err(error) => {
+            // The next reader finds the sandbox without a process.
+            eprintln!("cubby-sandbox: its end is not on record: {}", crate::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+const SIGKILL: i32 = Signal::KILL.as_raw();
+
+fn wait(child: Pid, options: WaitIdOptions) -> Option<WaitIdStatus> {
+    loop {
+        match waitid(WaitId::Pid(child), options) {
+            Ok(status) => return status,
+            Err(rustix::io::Errno::INTR) => {}
+            // No such child: somebody made the kernel reap for us.
+            Err(_) => return None,
+        }
+    }
+}
+
+fn record(spec: &LaunchSpec, death: Death, console: &LastWords) -> Result<(), StoreError> {
+    if !spec.home.database().exists() {
+        // All of it was removed; opening the store would bring it back.
+        return Ok(());
+    }
+    match Store::open(&spec.home)?.bury(spec.run, death, &console.read().unwrap_or_default()) {
+        // It had recorded its end and then failed at something else, or was given up.
+        Err(StoreError::RunOver { .. }) => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+/// The kernel's counts of out-of-memory kills, to compare with later ones: in the child's control group
+/// (`memory.events.local`, cgroup v2) and on the whole host (`oom_kill` in `/proc/vmstat`).
+///
+/// Ours was a victim only if every count there is has risen. Another process may have been one as well, while
+/// ours was killed by hand within the same life: the verdict is likely, not certain.
+struct OomKills {
+    group: Option<(PathBuf, u64)>,
+    host: Option<u64>,
+}
+
+impl OomKills {
+    fn now() -> Self {
+        let group = group_file(Path::new("/proc/self/cgroup"));
+        Self { group: group.and_then(|file| Some((file.clone(), count(&file)?))), host: host_count() }
+    }
+
+    fn have_risen(&self, child: Pid) -> bool {
+        let group = group_file(&PathBuf::from(format!("/proc/{}/cgroup", child.as_raw_nonzero())));
+        let group = group.and_then(|file| {
+            let before = match &self.group {
+                Some((same, before)) if *same == file => *before,
+                // It was moved there in the middle of its life, and nobody knows the group's past.
+                _ => 0,
+            };
+            Some(count(&file)? > before)
+        });
+        let host = host_count().map(|count| count > self.host.unwrap_or(0));
+        (group.is_some() || host.is_some()) && group.unwrap_or(true) && host.unwrap_or(true)
+    }
+}
+
+fn host_count() -> Option<u64> {
+    count(Path::new("/proc/vmstat"))
+}
+
+/// The counters of the group that `/proc/PID/cgroup` names (cgroups(7)): the line of version 2 begins with `0::`.
+fn group_file(proc_file: &Path) -> Option<PathBuf> {
+    let text = std::fs::read_to_string(proc_file).ok()?;
+    let group = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(Path::new("/sys/fs/cgroup").join(group).join("memory.events.local"))
+}
+
+/// The count of out-of-memory kills in a file of counters.
+fn count(file: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.parse().ok()
+}
