@@ -7,9 +7,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use cubby_state::{Death, LaunchSpec, RunLock, Store, StoreError};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
+use cubby_state::{Death, LaunchSpec, ReaperLease, RunLock, Store, StoreError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, waitid};
 use vmm_sys_util::signal::block_signal;
 
 use crate::last_words::LastWords;
@@ -28,6 +30,7 @@ pub(crate) fn keep(child: Pid, spec: &LaunchSpec, lock: RunLock, console: &LastW
     }
     let _ = rustix::thread::set_name(c"cubby-keeper");
     let kills = OomKills::now();
+    reap_until_end(child, spec);
     let ended = wait(child, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
     let death = match ended.as_ref() {
         // It says so only once its end is recorded.
@@ -41,7 +44,10 @@ pub(crate) fn keep(child: Pid, spec: &LaunchSpec, lock: RunLock, console: &LastW
         None => Some(Death::Exit),
     };
     wait(child, WaitIdOptions::EXITED);
-    let recorded = death.map_or(Ok(()), |death| record(spec, death, console));
+    let recorded = match death {
+        None if !spec.config.ephemeral => Ok(()),
+        death => in_store(spec, |store| clear_up(store, spec, death, console)),
+    };
     // From here on the sandbox may begin again.
     drop(lock);
     match recorded {
@@ -51,6 +57,29 @@ pub(crate) fn keep(child: Pid, spec: &LaunchSpec, lock: RunLock, console: &LastW
             // The next reader finds the sandbox without a process.
             eprintln!("cubby-sandbox: its end is not on record: {}", crate::chain(&error));
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// How often a keeper looks after what others have left, at most: programs that use the library do it more often.
+const REAPER_PERIOD: Duration = Duration::from_secs(60);
+
+/// Waits for the end of `child`, and now and then does a round of reaping. A keeper that wakes finds out by one
+/// look at a file that there is nothing to do, unless no other process has been there within the period.
+fn reap_until_end(child: Pid, spec: &LaunchSpec) {
+    // Without the descriptor, only the end is waited for.
+    let Ok(ended) = pidfd_open(child, PidfdFlags::empty()) else { return };
+    let period = Timespec { tv_sec: REAPER_PERIOD.as_secs().cast_signed(), tv_nsec: 0 };
+    loop {
+        match poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&period)) {
+            Ok(0) => {
+                // The next round finds what this one could not do.
+                if let Ok(Some(lease)) = ReaperLease::take(&spec.home, REAPER_PERIOD) {
+                    let _ = in_store(spec, |store| store.reap(&lease));
+                }
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(_) => return,
         }
     }
 }
@@ -68,16 +97,27 @@ fn wait(child: Pid, options: WaitIdOptions) -> Option<WaitIdStatus> {
     }
 }
 
-fn record(spec: &LaunchSpec, death: Death, console: &LastWords) -> Result<(), StoreError> {
-    if !spec.home.database().exists() {
-        // All of it was removed; opening the store would bring it back.
-        return Ok(());
+/// Does something in the store, if it is still there: opening it would bring it back.
+fn in_store(spec: &LaunchSpec, f: impl FnOnce(&Store) -> Result<(), StoreError>) -> Result<(), StoreError> {
+    if spec.home.database().exists() { f(&Store::open(&spec.home)?) } else { Ok(()) }
+}
+
+/// Records the end, if the sandbox process has not, and removes what is ephemeral.
+fn clear_up(
+    store: &Store,
+    spec: &LaunchSpec,
+    death: Option<Death>,
+    console: &LastWords,
+) -> Result<(), StoreError> {
+    if let Some(death) = death {
+        match store.bury(spec.run, death, &console.read().unwrap_or_default()) {
+            // It had recorded its end and then failed at something else, or was given up.
+            Ok(_) | Err(StoreError::RunOver { .. }) => {}
+            Err(error) => return Err(error),
+        }
     }
-    match Store::open(&spec.home)?.bury(spec.run, death, &console.read().unwrap_or_default()) {
-        // It had recorded its end and then failed at something else, or was given up.
-        Err(StoreError::RunOver { .. }) => Ok(()),
-        result => result.map(drop),
-    }
+    // The sandbox process may not have had the right to.
+    store.discard(spec.run)
 }
 
 /// The kernel's counts of out-of-memory kills, to compare with later ones: in the child's control group

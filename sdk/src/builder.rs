@@ -128,6 +128,14 @@ impl SandboxBuilder {
         self
     }
 
+    /// Removes the sandbox, disk and all, when it ends, whatever ends it. Who waits for its end at that moment,
+    /// or asks for it within the next hour with a [`Sandbox`] from before, still learns how it ended. Default:
+    /// it is kept until [`Sandbox::remove`].
+    pub fn ephemeral(mut self, ephemeral: bool) -> Self {
+        self.config.ephemeral = ephemeral;
+        self
+    }
+
     /// The sandbox process's binary. Default: `CUBBY_RUNTIME`, beside this program, or on `PATH`.
     pub fn runtime(mut self, path: impl Into<PathBuf>) -> Self {
         self.config.runtime = Some(path.into());

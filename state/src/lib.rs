@@ -28,4 +28,4 @@ pub use home::{Home, HomeError};
 pub use launch::{LaunchReport, LaunchSpec};
 pub use liveness::{LockError, ProcessIdentity, RunLock};
 pub use machine::{Event, Next, Refused, Status};
-pub use store::{Record, Run, RunId, Store, StoreError, Summary};
+pub use store::{ReaperLease, Record, Run, RunId, Store, StoreError, Summary};

@@ -213,7 +213,7 @@ impl Client {
     }
 
     /// Kills it with SIGKILL and waits until it is gone.
-    pub async fn kill(mut self) {
+    pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();
     }
 

@@ -13,6 +13,7 @@ mod image;
 mod lifecycle;
 mod many;
 mod processes;
+mod tidy;
 
 /// The other program (`src/bin/client.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");
