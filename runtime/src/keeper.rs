@@ -43,12 +43,12 @@ pub(crate) fn keep(child: Pid, spec: &LaunchSpec, lock: RunLock, console: &LastW
         }),
         None => Some(Death::Exit),
     };
-    wait(child, WaitIdOptions::EXITED);
     let recorded = match death {
         None if !spec.config.ephemeral => Ok(()),
         death => in_store(spec, |store| clear_up(store, spec, death, console)),
     };
-    // From here on the sandbox may begin again.
+    // Who finds the process gone finds its end recorded; and from here on the sandbox may begin again.
+    wait(child, WaitIdOptions::EXITED);
     drop(lock);
     match recorded {
         Ok(()) if death.is_none() => ExitCode::SUCCESS,

@@ -13,6 +13,7 @@ mod keeper;
 mod last_words;
 mod launch;
 mod machine;
+mod policy;
 mod relay;
 mod supervisor;
 mod sys;
