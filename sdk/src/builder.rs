@@ -110,7 +110,8 @@ impl SandboxBuilder {
         self
     }
 
-    /// Ends the sandbox so many seconds after its boot. Default: never.
+    /// Ends the sandbox so many seconds after its boot: no new commands, five seconds for those that run to
+    /// finish, then as [`Sandbox::stop`] does. Default: never.
     pub fn max_duration(mut self, seconds: u64) -> Self {
         self.config.max_duration_s = Some(seconds);
         self
