@@ -11,26 +11,33 @@ use std::time::Duration;
 
 use cubby_state::{Death, LaunchSpec, ReaperLease, RunLock, Store, StoreError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, pidfd_send_signal, waitid,
+};
 use vmm_sys_util::signal::block_signal;
 
 use crate::last_words::LastWords;
+use crate::signals::Signals;
 
-/// What somebody who means the sandbox sends to its process group, or to what looks like its main process. Only
-/// SIGKILL ends a keeper before its child.
-const NOT_OURS: [Signal; 6] =
-    [Signal::HUP, Signal::INT, Signal::QUIT, Signal::PIPE, Signal::TERM, Signal::USR1];
+/// What else may come to the whole process group. Only SIGKILL ends a keeper before its child.
+const NOT_OURS: [Signal; 3] = [Signal::QUIT, Signal::PIPE, Signal::ALARM];
 
 /// Waits for the sandbox process `child` and sees to it that its end is on record. The status it returns is what
 /// the application that started the two may learn: whether all went well.
-pub(crate) fn keep(child: Pid, spec: &LaunchSpec, lock: RunLock, console: &LastWords) -> ExitCode {
+pub(crate) fn keep(
+    child: Pid,
+    spec: &LaunchSpec,
+    lock: RunLock,
+    console: &LastWords,
+    signals: &Signals,
+) -> ExitCode {
     for signal in NOT_OURS {
         // A keeper that can be ended is still one.
         let _ = block_signal(signal.as_raw());
     }
     let _ = rustix::thread::set_name(c"cubby-keeper");
     let kills = OomKills::now();
-    reap_until_end(child, spec);
+    attend(child, spec, signals);
     let ended = wait(child, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
     let death = match ended.as_ref() {
         // It says so only once its end is recorded.
@@ -64,14 +71,17 @@ pub(crate) fn keep(child: Pid, spec: &LaunchSpec, lock: RunLock, console: &LastW
 /// How often a keeper looks after what others have left, at most: programs that use the library do it more often.
 const REAPER_PERIOD: Duration = Duration::from_secs(60);
 
-/// Waits for the end of `child`, and now and then does a round of reaping. A keeper that wakes finds out by one
-/// look at a file that there is nothing to do, unless no other process has been there within the period.
-fn reap_until_end(child: Pid, spec: &LaunchSpec) {
+/// Until the end of `child`, passes signals on to it, and now and then does a round of reaping. A keeper that
+/// wakes finds out by one look at a file that there is nothing to do, unless no other process has been there
+/// within the period.
+fn attend(child: Pid, spec: &LaunchSpec, signals: &Signals) {
     // Without the descriptor, only the end is waited for.
     let Ok(ended) = pidfd_open(child, PidfdFlags::empty()) else { return };
     let period = Timespec { tv_sec: REAPER_PERIOD.as_secs().cast_signed(), tv_nsec: 0 };
     loop {
-        match poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&period)) {
+        let mut sources =
+            [PollFd::new(&ended, PollFlags::IN), PollFd::new(signals.descriptor(), PollFlags::IN)];
+        match poll(&mut sources, Some(&period)) {
             Ok(0) => {
                 // The next round finds what this one could not do.
                 if let Ok(Some(lease)) = ReaperLease::take(&spec.home, REAPER_PERIOD) {
@@ -79,6 +89,12 @@ fn reap_until_end(child: Pid, spec: &LaunchSpec) {
                 }
             }
             Err(rustix::io::Errno::INTR) => {}
+            Ok(_) if sources[0].revents().is_empty() => {
+                while let Some(signal) = signals.next() {
+                    // One that has just ended needs it no more.
+                    let _ = pidfd_send_signal(&ended, signal);
+                }
+            }
             Ok(_) | Err(_) => return,
         }
     }

@@ -15,6 +15,7 @@ mod launch;
 mod machine;
 mod policy;
 mod relay;
+mod signals;
 mod supervisor;
 mod sys;
 
@@ -27,6 +28,7 @@ use last_words::LastWords;
 use launch::Launch;
 use machine::Marked;
 use relay::Relay;
+use signals::Signals;
 use supervisor::Parts;
 use sys::Forked;
 
@@ -46,12 +48,20 @@ fn main() -> ExitCode {
     // This process takes the sandbox: from here on nobody else can.
     let taken = RunLock::acquire(&spec.lock, RunLock::PATIENCE)
         .map_err(|error| Failure::at("store", chain(&error)))
-        .and_then(|lock| Ok((lock, LastWords::new().map_err(|error| Failure::at("keeper", error))?)))
-        .and_then(|taken| Ok((taken, sys::fork().map_err(|error| Failure::at("keeper", error))?)));
+        .and_then(|lock| {
+            let parts = || Ok((LastWords::new()?, Signals::take()?, sys::fork()?));
+            let (console, signals, forked) =
+                parts().map_err(|error: std::io::Error| Failure::at("keeper", error))?;
+            Ok((lock, console, signals, forked))
+        });
     let outcome = match taken {
-        Ok(((lock, console), Forked::Parent(child))) => return keeper::keep(child, &spec, lock, &console),
+        Ok((lock, console, signals, Forked::Parent(child))) => {
+            return keeper::keep(child, &spec, lock, &console, &signals);
+        }
         // Its keeper lets go of the lock after it.
-        Ok(((lock, console), Forked::Child)) => be_the_sandbox(&mut launch, &spec, &lock, &console, began),
+        Ok((lock, console, signals, Forked::Child)) => {
+            be_the_sandbox(&mut launch, &spec, &lock, &console, signals, began)
+        }
         Err(failure) => Err(failure),
     };
     match outcome {
@@ -87,12 +97,13 @@ fn be_the_sandbox(
     spec: &LaunchSpec,
     lock: &RunLock,
     console: &LastWords,
+    signals: Signals,
     began: Instant,
 ) -> Result<(), Failure> {
     let failed = |error: StoreError| Failure::at("store", chain(&error));
     let store = Store::open(&spec.home).map_err(failed)?;
     store.adopt(spec.run, lock).map_err(failed)?;
-    boot(launch, spec, &store, console, began).inspect_err(|failure| {
+    boot(launch, spec, &store, console, signals, began).inspect_err(|failure| {
         // If not even that can be written, the keeper tries again.
         let _ = store.finish(spec.run, &ExitReport::now(failure.reason.clone()));
     })
@@ -103,6 +114,7 @@ fn boot(
     spec: &LaunchSpec,
     store: &Store,
     console: &LastWords,
+    signals: Signals,
     began: Instant,
 ) -> Result<(), Failure> {
     let assets = assets::find(&spec.home.lib()).map_err(|missing| Failure {
@@ -125,7 +137,7 @@ fn boot(
     };
     let mut events = Vm::event_loop().map_err(vmm)?;
     let vm = Vm::boot(config, &mut events).map_err(vmm)?;
-    supervisor::run(Parts { spec, launch, store, relay, vm, events, marked, began })
+    supervisor::run(Parts { spec, launch, store, relay, vm, events, marked, signals, began })
         .map_err(|why| Failure::at("supervisor", why))
 }
 

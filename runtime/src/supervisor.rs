@@ -19,10 +19,12 @@ use crate::launch::Launch;
 use crate::machine::{self, Marked};
 use crate::policy::{self, Due, Policies};
 use crate::relay::{Asked, Relay};
+use crate::signals::{self, Signals, Wish};
 
 /// Event data of the descriptors that are no client's.
 const EXIT: u32 = u32::MAX;
 const LAUNCH: u32 = u32::MAX - 1;
+const SIGNALS: u32 = u32::MAX - 2;
 
 /// How long an attached sandbox has to end once its application is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -44,6 +46,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) vm: Vm,
     pub(crate) events: EventLoop,
     pub(crate) marked: Marked,
+    pub(crate) signals: Signals,
     pub(crate) began: Instant,
 }
 
@@ -57,6 +60,7 @@ struct Supervisor<'a> {
     vm: Vm,
     vsock: Arc<Mutex<Vsock>>,
     marked: Marked,
+    signals: Signals,
     began: Instant,
     attached: bool,
     policies: Policies,
@@ -88,7 +92,7 @@ impl MutEventSubscriber for Inbox {
 /// Carries the sandbox from its first instruction to its record in the store.
 pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, store, relay, vm, mut events, marked, began } = parts;
+    let Parts { spec, launch, store, relay, vm, mut events, marked, signals, began } = parts;
     let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
@@ -97,6 +101,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
             (relay.listener().as_raw_fd(), Relay::LISTENER),
             (vm.exit_event().as_raw_fd(), EXIT),
             (launch.socket().as_raw_fd(), LAUNCH),
+            (signals.descriptor().as_raw_fd(), SIGNALS),
         ],
         happened: happened.clone(),
     }));
@@ -116,6 +121,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         vm,
         vsock,
         marked,
+        signals,
         began,
     };
     supervisor.vsock().listen(Port(cubby_protocol::CONTROL_PORT));
@@ -153,6 +159,7 @@ impl Supervisor<'_> {
             match event.data() {
                 EXIT => {}
                 LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
+                SIGNALS => self.on_signals(&mut vsock),
                 _ => {
                     self.policies.used(Instant::now());
                     self.relay.on_socket(event, &mut ops, &mut vsock);
@@ -383,6 +390,16 @@ impl Supervisor<'_> {
         if self.attached {
             // Refused only if the sandbox is ending already.
             let _ = self.stop(Event::Stop, ExitReason::Requested, ORPHAN_TIMEOUT, vsock);
+        }
+    }
+
+    fn on_signals(&mut self, vsock: &mut Vsock) {
+        while let Some(signal) = self.signals.next() {
+            // Refused only if the sandbox is ending already.
+            let _ = match signals::wish(signal) {
+                Wish::Stop => self.stop(Event::Stop, ExitReason::Requested, policy::STOP, vsock),
+                Wish::Drain => self.drain(Event::Drain, ExitReason::Drained, None, vsock),
+            };
         }
     }
 

@@ -1,9 +1,12 @@
 //! What of this process needs `unsafe`: the fork that separates the keeper from the sandbox process. Everything else is rustix, the standard library, or `cubby-vmm`.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::FromRawFd;
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
+use vmm_sys_util::signal::{block_signal, create_sigset};
 
 /// Which of the two processes this one is after a [`fork`].
 pub(crate) enum Forked {
@@ -27,5 +30,23 @@ pub(crate) fn fork() -> io::Result<Forked> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         pid => Ok(Pid::from_raw(pid).map_or(Forked::Child, Forked::Parent)),
+    }
+}
+
+/// Blocks `signals` for this thread and all that it makes from now on, and gives a descriptor from which they are
+/// read instead (signalfd(2)), which does not block.
+pub(crate) fn signal_descriptor(signals: &[Signal]) -> io::Result<File> {
+    let numbers: Vec<i32> = signals.iter().map(|signal| signal.as_raw()).collect();
+    for number in &numbers {
+        // One that the application had blocked stays so, and is an error here.
+        let _ = block_signal(*number);
+    }
+    let set = create_sigset(&numbers).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    // SAFETY: the set is a valid one, and the result is checked and owned by nobody else.
+    unsafe {
+        match libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
+            -1 => Err(io::Error::last_os_error()),
+            descriptor => Ok(File::from_raw_fd(descriptor)),
+        }
     }
 }

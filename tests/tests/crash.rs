@@ -135,6 +135,28 @@ async fn nobody_takes_the_sandbox_for_dead_before_its_keeper_has_spoken() {
 }
 
 #[tokio::test]
+async fn a_signal_stops_or_drains_and_loses_nothing() {
+    // To the sandbox process, and to its keeper, which is what its application started.
+    for (test, to_keeper, signal, reason) in [
+        ("terminated", false, Signal::TERM, ExitReason::Requested),
+        ("terminated-keeper", true, Signal::TERM, ExitReason::Requested),
+        ("drained-keeper", true, Signal::USR1, ExitReason::Drained),
+    ] {
+        let sandbox = sandbox(test).await;
+        let (process, keeper) = (process(sandbox.name()), keeper(sandbox.name()));
+        shell(&sandbox, "echo kept > /root/note").await;
+        cubby_tests::signal(if to_keeper { keeper.pid } else { process.pid }, signal);
+        assert_eq!(recorded(sandbox.name()).await.reason, reason, "{test}");
+        gone(&process).await;
+        gone(&keeper).await;
+        assert_eq!(sandbox.status().await.unwrap(), Status::Stopped);
+        let again = within("start", Sandbox::start(sandbox.name())).await.unwrap();
+        assert_eq!(shell(&again, "cat /root/note").await, "kept\n");
+        discard(again).await;
+    }
+}
+
+#[tokio::test]
 async fn a_keeper_is_small() {
     let sandbox = sandbox("small").await;
     let holdings = cubby_tests::Holdings::of(keeper(sandbox.name()).pid);
