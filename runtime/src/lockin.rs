@@ -19,7 +19,6 @@ mod files;
 mod filter;
 mod limits;
 mod privileges;
-mod sys;
 
 use std::fmt::Display;
 use std::io;
@@ -29,7 +28,6 @@ use cubby_state::Home;
 use cubby_vmm::{OnThread, ThreadKind};
 
 pub(crate) use limits::Limits;
-pub(crate) use sys::close_inherited;
 
 /// All that the process will be confined to, ready to be put on thread after thread.
 pub(crate) struct LockIn {

@@ -44,7 +44,12 @@ impl Marked {
 }
 
 /// The VM that `spec` describes.
-pub(crate) fn config(spec: &LaunchSpec, assets: &Assets, marked: Marked) -> Result<VmConfig, String> {
+pub(crate) fn config(
+    spec: &LaunchSpec,
+    assets: &Assets,
+    marked: Marked,
+    console: Box<dyn io::Write + Send>,
+) -> Result<VmConfig, String> {
     let initramfs = Initramfs::with_init(&assets.agent)
         .map_err(|error| format!("{}: {error}", assets.agent.display()))?;
     let disks = vec![disk(&spec.image_disk, true)?, disk(&spec.writable_disk, false)?];
@@ -61,7 +66,7 @@ pub(crate) fn config(spec: &LaunchSpec, assets: &Assets, marked: Marked) -> Resu
         cmdline: CMDLINE.into(),
         disks,
         vsock_cid: Some(GUEST_CID),
-        console: None,
+        console: Some(console),
         marks: Some(Marks { port: MARK_IO_PORT, on_mark }),
         on_thread: None,
     })

@@ -1,32 +1,43 @@
 //! `cubby-sandbox`: the process behind one sandbox. An application starts it with a socket as its standard
 //! input (see [`launch`]); it boots one microVM, relays between clients and the guest's agent, keeps the
 //! sandbox's policies, and writes how it ended. It runs no guest command itself and knows no SDK.
+//!
+//! Before it does any of that it forks: what the application started stays behind as the small [`keeper`] of the
+//! process that does.
 #![deny(unsafe_code)]
 
 mod assets;
 mod client;
 mod control;
 mod ending;
+mod keeper;
+mod last_words;
 mod launch;
 mod lockin;
 mod machine;
+mod policy;
 mod relay;
+mod signals;
 mod supervisor;
+mod sys;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store};
+use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store, StoreError};
 use cubby_vmm::{Error, Vm};
+use last_words::LastWords;
 use launch::Launch;
 use lockin::{Limits, LockIn};
 use machine::Marked;
 use relay::Relay;
+use signals::Signals;
 use supervisor::Parts;
+use sys::Forked;
 
 fn main() -> ExitCode {
     let began = Instant::now();
-    if let Err(error) = lockin::close_inherited() {
+    if let Err(error) = sys::close_inherited() {
         eprintln!("cubby-sandbox: closing the descriptors of others: {error}");
         return ExitCode::FAILURE;
     }
@@ -41,12 +52,25 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = prepare(&spec).and_then(|(lock, store)| {
-        let ended = carry(&mut launch, &spec, &store, began);
-        // Only now may the sandbox's next process begin.
-        drop(lock);
-        ended
-    });
+    // This process takes the sandbox: from here on nobody else can.
+    let taken = RunLock::acquire(&spec.lock, RunLock::PATIENCE)
+        .map_err(|error| Failure::at("store", chain(&error)))
+        .and_then(|lock| {
+            let parts = || Ok((LastWords::new()?, Signals::take()?, sys::fork()?));
+            let (console, signals, forked) =
+                parts().map_err(|error: std::io::Error| Failure::at("keeper", error))?;
+            Ok((lock, console, signals, forked))
+        });
+    let outcome = match taken {
+        Ok((lock, console, signals, Forked::Parent(child))) => {
+            return keeper::keep(child, &spec, lock, &console, &signals);
+        }
+        // Its keeper lets go of the lock after it.
+        Ok((lock, console, signals, Forked::Child)) => {
+            be_the_sandbox(&mut launch, &spec, &lock, &console, signals, began)
+        }
+        Err(failure) => Err(failure),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { reason, message, remedy }) => {
@@ -74,24 +98,32 @@ impl Failure {
     }
 }
 
-/// Takes the sandbox: from here on this process is the one behind it.
-fn prepare(spec: &LaunchSpec) -> Result<(RunLock, Store), Failure> {
-    let failed = |error: &dyn std::error::Error| Failure::at("store", chain(error));
-    let lock = RunLock::acquire(&spec.lock, RunLock::PATIENCE).map_err(|error| failed(&error))?;
-    let store = Store::open(&spec.home).map_err(|error| failed(&error))?;
-    store.adopt(spec.run, &lock).map_err(|error| failed(&error))?;
-    Ok((lock, store))
-}
-
-/// Boots and carries the sandbox to its end; a boot that fails is recorded.
-fn carry(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -> Result<(), Failure> {
-    boot(launch, spec, store, began).inspect_err(|failure| {
-        // If not even that can be written, the next reader finds the process gone.
+/// Carries the sandbox to its end; a boot that fails is recorded.
+fn be_the_sandbox(
+    launch: &mut Launch,
+    spec: &LaunchSpec,
+    lock: &RunLock,
+    console: &LastWords,
+    signals: Signals,
+    began: Instant,
+) -> Result<(), Failure> {
+    let failed = |error: StoreError| Failure::at("store", chain(&error));
+    let store = Store::open(&spec.home).map_err(failed)?;
+    store.adopt(spec.run, lock).map_err(failed)?;
+    boot(launch, spec, &store, console, signals, began).inspect_err(|failure| {
+        // If not even that can be written, the keeper tries again.
         let _ = store.finish(spec.run, &ExitReport::now(failure.reason.clone()));
     })
 }
 
-fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -> Result<(), Failure> {
+fn boot(
+    launch: &mut Launch,
+    spec: &LaunchSpec,
+    store: &Store,
+    console: &LastWords,
+    signals: Signals,
+    began: Instant,
+) -> Result<(), Failure> {
     let assets = assets::find(&spec.home.lib()).map_err(|missing| Failure {
         remedy: Some(
             "install them with `cargo xtask install` or name their directory with CUBBY_ASSETS".into(),
@@ -99,8 +131,9 @@ fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -
         ..Failure::at("assets", missing)
     })?;
     let marked = Marked::default();
+    let pen = console.pen().map_err(|error| Failure::at("keeper", error))?;
     let mut config =
-        machine::config(spec, &assets, marked.clone()).map_err(|why| Failure::at("disks", why))?;
+        machine::config(spec, &assets, marked.clone(), pen).map_err(|why| Failure::at("disks", why))?;
     let relay = Relay::listen(&spec.socket, spec.config.max_clients)
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {
@@ -120,7 +153,7 @@ fn boot(launch: &mut Launch, spec: &LaunchSpec, store: &Store, began: Instant) -
     // Everything is open and every thread runs. The guest does not yet.
     let limits = Limits { clients: spec.config.max_clients, disk: u64::from(spec.config.disk_mib) << 20 };
     lock_in.finish(&limits).map_err(locking)?;
-    supervisor::run(Parts { spec, launch, store, relay, vm, events, marked, began })
+    supervisor::run(Parts { spec, launch, store, relay, vm, events, marked, signals, began })
         .map_err(|why| Failure::at("supervisor", why))
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use cubby_protocol::message::{Fatal, Reply};
 use cubby_vmm::devices::vsock::{StreamId, Vsock};
@@ -25,7 +25,6 @@ pub(crate) struct Asked {
 
 pub(crate) struct Relay {
     listener: UnixListener,
-    path: PathBuf,
     clients: HashMap<ClientId, Client>,
     streams: HashMap<StreamId, ClientId>,
     /// Clients with something to do in this turn.
@@ -39,7 +38,8 @@ impl Relay {
     /// The event data of the listening socket; a client's is its id.
     pub(crate) const LISTENER: u32 = 0;
 
-    /// Listens at `path`, which only the owner can open (the directory is 0700 and the socket 0600).
+    /// Listens at `path`, which only the owner can open (the directory is 0700 and the socket 0600). Whoever
+    /// records the end of the run removes it.
     pub(crate) fn listen(path: &Path, max_clients: u16) -> io::Result<Self> {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -50,7 +50,6 @@ impl Relay {
         rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
         Ok(Self {
             listener,
-            path: path.into(),
             clients: HashMap::new(),
             streams: HashMap::new(),
             awake: Vec::new(),
@@ -178,13 +177,6 @@ impl Relay {
         {
             self.awake.push(asked.client);
         }
-    }
-}
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        // It may be gone already; nobody listens any more either way.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

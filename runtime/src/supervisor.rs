@@ -17,11 +17,14 @@ use crate::control::{Control, Said};
 use crate::ending::{self, Evidence};
 use crate::launch::Launch;
 use crate::machine::{self, Marked};
+use crate::policy::{self, Due, Policies};
 use crate::relay::{Asked, Relay};
+use crate::signals::{self, Signals, Wish};
 
 /// Event data of the descriptors that are no client's.
 const EXIT: u32 = u32::MAX;
 const LAUNCH: u32 = u32::MAX - 1;
+const SIGNALS: u32 = u32::MAX - 2;
 
 /// How long an attached sandbox has to end once its application is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -43,6 +46,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) vm: Vm,
     pub(crate) events: EventLoop,
     pub(crate) marked: Marked,
+    pub(crate) signals: Signals,
     pub(crate) began: Instant,
 }
 
@@ -56,26 +60,13 @@ struct Supervisor<'a> {
     vm: Vm,
     vsock: Arc<Mutex<Vsock>>,
     marked: Marked,
+    signals: Signals,
     began: Instant,
     attached: bool,
-    /// Until when the agent must be ready.
-    boot_deadline: Option<Instant>,
-    ending: Option<Ending>,
+    policies: Policies,
     announced: bool,
-    last_activity: Instant,
     /// When the guest is told which of its packets were taken, if nothing else does before.
     tell: Option<Instant>,
-    /// Until when the sandbox may live.
-    lifetime: Option<Instant>,
-}
-
-/// A sandbox on its way out.
-struct Ending {
-    reason: ExitReason,
-    /// Whether it still waits for sessions to finish.
-    draining: bool,
-    /// When waiting ends: a drain becomes a stop, a stop becomes a kill.
-    deadline: Option<Instant>,
     /// Who wants to know when it is over.
     waiters: Vec<Asked>,
 }
@@ -101,7 +92,7 @@ impl MutEventSubscriber for Inbox {
 /// Carries the sandbox from its first instruction to its record in the store.
 pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, store, relay, vm, mut events, marked, began } = parts;
+    let Parts { spec, launch, store, relay, vm, mut events, marked, signals, began } = parts;
     let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
@@ -110,20 +101,19 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
             (relay.listener().as_raw_fd(), Relay::LISTENER),
             (vm.exit_event().as_raw_fd(), EXIT),
             (launch.socket().as_raw_fd(), LAUNCH),
+            (signals.descriptor().as_raw_fd(), SIGNALS),
         ],
         happened: happened.clone(),
     }));
-    let now = Instant::now();
+    let boot_timeout = Duration::from_millis(spec.boot_timeout_ms);
     let mut supervisor = Supervisor {
         status: Status::Creating,
         attached: spec.attached,
-        boot_deadline: Some(now + Duration::from_millis(spec.boot_timeout_ms)),
-        lifetime: None,
+        policies: Policies::new(&spec.config, boot_timeout, Instant::now()),
         control: Control::new(config),
-        ending: None,
         announced: false,
-        last_activity: now,
         tell: None,
+        waiters: Vec::new(),
         spec,
         launch,
         store,
@@ -131,6 +121,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         vm,
         vsock,
         marked,
+        signals,
         began,
     };
     supervisor.vsock().listen(Port(cubby_protocol::CONTROL_PORT));
@@ -138,7 +129,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     supervisor.vm.resume();
     let mut again = false;
     while supervisor.vm.exit().is_none() {
-        let timeout = if again { Some(Duration::ZERO) } else { supervisor.until_deadline() };
+        let timeout = if again { Some(Duration::ZERO) } else { supervisor.wait() };
         // Rounded up, or the loop would spin through the last millisecond.
         let timeout =
             timeout.map_or(-1, |time| i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
@@ -168,8 +159,9 @@ impl Supervisor<'_> {
             match event.data() {
                 EXIT => {}
                 LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
+                SIGNALS => self.on_signals(&mut vsock),
                 _ => {
-                    self.last_activity = Instant::now();
+                    self.policies.used(Instant::now());
                     self.relay.on_socket(event, &mut ops, &mut vsock);
                 }
             }
@@ -280,14 +272,14 @@ impl Supervisor<'_> {
         match answer.unwrap_or_else(Some) {
             Some(reply) => self.relay.reply(&asked, &reply),
             // The answer is the end.
-            None => self.ending.get_or_insert_with(|| Ending::new(ExitReason::Killed)).waiters.push(asked),
+            None => self.waiters.push(asked),
         }
     }
 
     fn unfreeze(&mut self, vsock: &mut Vsock) {
         self.vm.resume();
         self.control.set_clock(machine::realtime_ns(), vsock);
-        self.last_activity = Instant::now();
+        self.policies.used(Instant::now());
     }
 
     fn drain(
@@ -302,13 +294,7 @@ impl Supervisor<'_> {
         if was_paused {
             self.unfreeze(vsock);
         }
-        match &mut self.ending {
-            // A second drain can only hurry the first.
-            Some(ending) => ending.deadline = earlier(ending.deadline, deadline),
-            None => {
-                self.ending = Some(Ending { draining: true, deadline, ..Ending::new(reason) });
-            }
-        }
+        self.policies.drain(reason, deadline);
         Ok(())
     }
 
@@ -324,9 +310,7 @@ impl Supervisor<'_> {
         if was == Status::Paused {
             self.unfreeze(vsock);
         }
-        let ending = self.ending.get_or_insert_with(|| Ending::new(reason));
-        ending.draining = false;
-        ending.deadline = earlier(ending.deadline, Some(Instant::now() + timeout));
+        self.policies.stop(reason, Instant::now().checked_add(timeout));
         if was == Status::Creating {
             // There is no agent to ask and nothing to save.
             self.vm.kill();
@@ -337,7 +321,7 @@ impl Supervisor<'_> {
     }
 
     fn kill(&mut self) {
-        self.ending.get_or_insert_with(|| Ending::new(ExitReason::Killed)).reason = ExitReason::Killed;
+        self.policies.end(ExitReason::Killed);
         self.vm.kill();
     }
 
@@ -360,12 +344,10 @@ impl Supervisor<'_> {
     }
 
     fn on_ready(&mut self, vsock: &mut Vsock) {
-        if self.boot_deadline.take().is_none() || self.apply(Event::Ready).is_err() {
+        if !self.policies.is_booting() || self.apply(Event::Ready).is_err() {
             return;
         }
-        self.last_activity = Instant::now();
-        self.lifetime =
-            self.spec.config.max_duration_s.map(|limit| self.last_activity + Duration::from_secs(limit));
+        self.policies.ready(Instant::now());
         self.relay.set_agent_ready(vsock);
         self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
     }
@@ -389,21 +371,14 @@ impl Supervisor<'_> {
             None,
             Some(self.console()),
         );
-        self.ending = Some(Ending {
-            waiters: self.ending.take().map(|ending| ending.waiters).unwrap_or_default(),
-            ..Ending::new(ExitReason::BootFailed { stage: stage.into() })
-        });
+        self.policies.end(ExitReason::BootFailed { stage: stage.into() });
         self.vm.kill();
     }
 
     /// The agent's connection is gone: unless its power-off follows, the sandbox is of no more use.
     fn on_agent_lost(&mut self) {
         if !self.announced {
-            // The VM gets the time to say what happened: a panic resets it at once.
-            let soon = Instant::now() + Duration::from_millis(200);
-            let ending = self.ending.get_or_insert_with(|| Ending::new(ExitReason::AgentDied));
-            ending.draining = false;
-            ending.deadline = earlier(ending.deadline, Some(soon));
+            self.policies.agent_lost(Instant::now());
         }
     }
 
@@ -418,58 +393,54 @@ impl Supervisor<'_> {
         }
     }
 
-    /// The next moment at which time alone makes something happen.
-    fn until_deadline(&self) -> Option<Duration> {
-        let idle = self.idle_deadline();
-        let ending = self.ending.as_ref().and_then(|ending| ending.deadline);
-        [self.boot_deadline, self.lifetime, idle, ending, self.tell]
-            .into_iter()
-            .flatten()
-            .min()
-            .map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    fn on_signals(&mut self, vsock: &mut Vsock) {
+        while let Some(signal) = self.signals.next() {
+            // Refused only if the sandbox is ending already.
+            let _ = match signals::wish(signal) {
+                Wish::Stop => self.stop(Event::Stop, ExitReason::Requested, policy::STOP, vsock),
+                Wish::Drain => self.drain(Event::Drain, ExitReason::Drained, None, vsock),
+            };
+        }
     }
 
-    fn idle_deadline(&self) -> Option<Instant> {
-        let limit = self.spec.config.idle_timeout_s?;
-        (self.status == Status::Running && self.relay.sessions() == 0)
-            .then(|| self.last_activity + Duration::from_secs(limit))
+    /// How long to wait for something to happen until time alone makes it.
+    fn wait(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let tell = self.tell.map(|tell| tell.saturating_duration_since(now));
+        let policies = self.policies.wait(self.status, self.relay.sessions(), now);
+        [tell, policies].into_iter().flatten().min()
     }
 
     fn on_time(&mut self, vsock: &mut Vsock) {
         let now = Instant::now();
-        let due = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= now);
-        if self.relay.sessions() > 0 {
-            self.last_activity = now;
-        }
-        if due(self.tell) {
+        if self.tell.is_some_and(|tell| tell <= now) {
             vsock.tell();
         }
         self.tell = vsock.has_untold().then(|| self.tell.unwrap_or(now + TELL_AFTER));
-        if due(self.boot_deadline) {
-            self.boot_deadline = None;
-            let stage = self.boot_stage();
-            let message = format!("the agent was not ready after {} ms", self.spec.boot_timeout_ms);
-            return self.boot_failed(stage, &message);
-        }
-        if due(self.idle_deadline()) {
-            let _ = self.drain(Event::IdleExpired, ExitReason::IdleTimeout, None, vsock);
-        }
-        if due(self.lifetime) {
-            self.lifetime = None;
-            let _ = self.stop(Event::LifetimeExpired, ExitReason::MaxDuration, STOP_TIMEOUT, vsock);
-        }
-        let Some(ending) = &self.ending else { return };
-        let (expired, finished) = (due(ending.deadline), ending.draining && self.relay.sessions() == 0);
-        match ending.draining {
-            true if expired || finished => {
-                if let Some(ending) = &mut self.ending {
-                    ending.draining = false;
-                    ending.deadline = Some(now + STOP_TIMEOUT);
+        while let Some(due) = self.policies.due(self.status, self.relay.sessions(), Instant::now()) {
+            match due {
+                Due::Boot => {
+                    let stage = self.boot_stage();
+                    let message = format!("the agent was not ready after {} ms", self.spec.boot_timeout_ms);
+                    return self.boot_failed(stage, &message);
                 }
-                self.control.shut_down(grace(STOP_TIMEOUT), vsock);
+                Due::Idle => {
+                    if self.drain(Event::IdleExpired, ExitReason::IdleTimeout, None, vsock).is_err() {
+                        // The store cannot be written. It is tried again after another timeout.
+                        self.policies.used(Instant::now());
+                    }
+                }
+                Due::Lifetime => {
+                    let deadline = Instant::now().checked_add(policy::LAST_SESSIONS);
+                    let event = Event::LifetimeExpired;
+                    if self.drain(event, ExitReason::MaxDuration, deadline, vsock).is_err() {
+                        // What cannot be written must not make it live on.
+                        self.policies.drain(ExitReason::MaxDuration, deadline);
+                    }
+                }
+                Due::Stop => self.control.shut_down(grace(policy::STOP), vsock),
+                Due::Kill => self.vm.kill(),
             }
-            false if expired => self.vm.kill(),
-            _ => {}
         }
     }
 
@@ -504,11 +475,11 @@ impl Supervisor<'_> {
         let reason = ending::reason(&Evidence {
             exit: &exit,
             announced: self.announced,
-            cause: self.ending.as_ref().map(|ending| &ending.reason),
+            cause: self.policies.cause(),
             boot_stage: (self.status == Status::Creating).then(|| self.boot_stage()),
             console: &console,
         });
-        if self.boot_deadline.is_some() {
+        if self.policies.is_booting() {
             let message = format!("the VM ended before the agent was ready: {exit:?}");
             self.launch.fail(reason.clone(), message, None, Some(console.clone()));
         }
@@ -518,7 +489,7 @@ impl Supervisor<'_> {
         }
         self.store.finish(self.spec.run, &report).map_err(|error| crate::chain(&error))?;
         if let Ok(mut ops) = events.event_ops(inbox) {
-            for asked in self.ending.take().map(|ending| ending.waiters).unwrap_or_default() {
+            for asked in std::mem::take(&mut self.waiters) {
                 self.relay.reply(&asked, &Reply::Done);
             }
             let vsock = self.vsock.clone();
@@ -532,16 +503,3 @@ impl Supervisor<'_> {
 
 /// The vsock's queue from the guest (virtio 1.2 §5.10.2).
 const TRANSMIT_QUEUE: usize = 1;
-
-/// How long a drained or over-aged sandbox's processes and disks have to end.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-
-impl Ending {
-    fn new(reason: ExitReason) -> Self {
-        Self { reason, draining: false, deadline: None, waiters: Vec::new() }
-    }
-}
-
-fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
-    [one, other].into_iter().flatten().min()
-}

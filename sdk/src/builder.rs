@@ -110,7 +110,8 @@ impl SandboxBuilder {
         self
     }
 
-    /// Ends the sandbox so many seconds after its boot. Default: never.
+    /// Ends the sandbox so many seconds after its boot: no new commands, five seconds for those that run to
+    /// finish, then as [`Sandbox::stop`] does. Default: never.
     pub fn max_duration(mut self, seconds: u64) -> Self {
         self.config.max_duration_s = Some(seconds);
         self
@@ -125,6 +126,14 @@ impl SandboxBuilder {
     /// How many clients may be connected at once. Default 16.
     pub fn max_clients(mut self, count: u16) -> Self {
         self.config.max_clients = count;
+        self
+    }
+
+    /// Removes the sandbox, disk and all, when it ends, whatever ends it. Who waits for its end at that moment,
+    /// or asks for it within the next hour with a [`Sandbox`] from before, still learns how it ended. Default:
+    /// it is kept until [`Sandbox::remove`].
+    pub fn ephemeral(mut self, ephemeral: bool) -> Self {
+        self.config.ephemeral = ephemeral;
         self
     }
 

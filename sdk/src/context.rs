@@ -9,6 +9,7 @@ use cubby_image::ext4;
 use cubby_state::{ExitReason, ExitReport, Home, LaunchSpec, Record, SandboxName, Store};
 
 use crate::error::{Error, R};
+use crate::reaper;
 
 #[derive(Clone)]
 pub(crate) struct Context {
@@ -20,9 +21,10 @@ impl Context {
     /// Opens the home that the environment names.
     pub(crate) fn open() -> R<Self> {
         let home = Home::from_env().map_err(cubby_state::StoreError::from)?;
-        let store = Store::open(&home)?;
+        let store = Arc::new(Store::open(&home)?);
+        reaper::look_after(&store);
         let images = cubby_image::Store::open(home.images())?;
-        Ok(Self { store: Arc::new(store), images })
+        Ok(Self { store, images })
     }
 
     /// The name of an existing sandbox. What cannot be a name is nobody's.

@@ -1,8 +1,8 @@
 //! Starting a sandbox process and hearing how its boot went.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -53,8 +53,11 @@ pub(crate) async fn launch(runtime: &Path, spec: &LaunchSpec) -> R<Vec<BootPhase
     let (ours, theirs) = UnixStream::pair().map_err(|error| failed(format!("its socket: {error}")))?;
     let line = to_line(spec).map_err(|error| failed(error.to_string()))?;
     let log = spec.home.sandbox(&spec.name).join("process.log");
-    let log_file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&log);
-    let log_file = log_file.map_err(|source| Error::File { path: log.clone(), source })?;
+    let log_file =
+        OpenOptions::new().create(true).read(true).write(true).truncate(true).mode(0o600).open(&log);
+    let log_failed = |source| Error::File { path: log.clone(), source };
+    let log_file = log_file.map_err(log_failed)?;
+    let log_copy = log_file.try_clone().map_err(log_failed)?;
     let child = Command::new(runtime)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
@@ -73,9 +76,20 @@ pub(crate) async fn launch(runtime: &Path, spec: &LaunchSpec) -> R<Vec<BootPhase
             Err(boot_failed(spec, reason, message, remedy, console_tail))
         }
         Err(error) => {
-            let log = std::fs::read_to_string(&log).unwrap_or_default();
-            Err(failed(format!("it ended before it reported ({error}); it wrote: {}", log.trim_end())))
+            let wrote = last_of(&log_copy);
+            Err(failed(format!("it ended before it reported ({error}); it wrote: {}", wrote.trim_end())))
         }
+    }
+}
+
+/// The last of what a sandbox process wrote. By now its file may have no name any more.
+fn last_of(log: &File) -> String {
+    const MOST: u64 = 4096;
+    let length = log.metadata().map_or(0, |meta| meta.len());
+    let mut bytes = vec![0; usize::try_from(length.min(MOST)).unwrap_or(0)];
+    match log.read_exact_at(&mut bytes, length.saturating_sub(MOST)) {
+        Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(_) => String::new(),
     }
 }
 

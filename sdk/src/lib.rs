@@ -28,6 +28,7 @@ mod error;
 mod exec;
 mod launch;
 mod link;
+mod reaper;
 mod sandbox;
 
 pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cubby_protocol::message::{Open, Reply, Request};
-use cubby_state::{Event, Record, SandboxName, Status};
+use cubby_state::{Event, ExitReport, Record, RunId, SandboxName, Status};
 use tokio::sync::Mutex;
 
 use crate::connection::{Connection, ConnectionError, Session};
@@ -19,12 +19,14 @@ const RECORDED_WITHIN: Duration = Duration::from_secs(1);
 pub(crate) struct Link {
     pub(crate) context: Context,
     pub(crate) id: SandboxName,
+    /// The run that it had when this link was made.
+    pub(crate) run: RunId,
     connection: Mutex<Option<Arc<Connection>>>,
 }
 
 impl Link {
-    pub(crate) fn new(context: Context, id: SandboxName, connection: Option<Arc<Connection>>) -> Self {
-        Self { context, id, connection: Mutex::new(connection) }
+    pub(crate) fn new(context: Context, record: &Record, connection: Option<Arc<Connection>>) -> Self {
+        Self { context, id: record.name.clone(), run: record.run.id, connection: Mutex::new(connection) }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -33,6 +35,23 @@ impl Link {
 
     pub(crate) fn record(&self) -> R<Record> {
         self.context.store.get(&self.id).map_err(|error| Error::store(self.name(), error))
+    }
+
+    /// Whether there is a process behind it. There is none behind what is gone.
+    pub(crate) fn is_live(&self) -> R<bool> {
+        match self.record() {
+            Ok(record) => Ok(record.status.is_live()),
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How `run` ended whose sandbox cannot be found any more, if it was ephemeral.
+    pub(crate) fn exit_of(&self, run: RunId, gone: Error) -> R<ExitReport> {
+        match gone {
+            Error::NotFound { .. } => self.context.store.exit(run)?.ok_or(gone),
+            error => Err(error),
+        }
     }
 
     /// The connection, made if there is none or if it has ended.
@@ -80,10 +99,15 @@ impl Link {
     }
 
     /// How the sandbox ended, if it has or is just about to.
-    async fn ended_soon(&self) -> R<Option<cubby_state::ExitReport>> {
+    async fn ended_soon(&self) -> R<Option<ExitReport>> {
         let begin = Instant::now();
+        let mut run = self.run;
         loop {
-            let record = self.record()?;
+            let record = match self.record() {
+                Ok(record) => record,
+                Err(gone) => return self.exit_of(run, gone).map(Some),
+            };
+            run = record.run.id;
             if !record.status.is_live() || begin.elapsed() >= RECORDED_WITHIN {
                 return Ok(record.run.exit);
             }

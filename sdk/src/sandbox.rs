@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use cubby_protocol::message::Request;
-use cubby_state::{Event, ExitReport, ProcessIdentity, Record, SandboxName, Status, StoreError};
+use cubby_state::{Event, ExitReport, ProcessIdentity, Record, Run, SandboxName, Status, StoreError};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::builder::{SandboxBuilder, bring_up};
@@ -122,7 +122,7 @@ impl Sandbox {
         boot: Vec<BootPhase>,
     ) -> Self {
         Self {
-            link: Arc::new(Link::new(context, record.name.clone(), connection)),
+            link: Arc::new(Link::new(context, record, connection)),
             boot: boot.into(),
             shell: record.config.shell.as_deref().unwrap_or("/bin/sh").into(),
         }
@@ -140,7 +140,10 @@ impl Sandbox {
 
     /// How its last run ended; `None` if it has not ended yet.
     pub async fn last_exit(&self) -> R<Option<ExitReport>> {
-        Ok(self.link.record()?.run.exit)
+        match self.link.record() {
+            Ok(record) => Ok(record.run.exit),
+            Err(gone) => self.link.exit_of(self.link.run, gone).map(Some),
+        }
     }
 
     /// Where the time of its boot went, if this value has booted it.
@@ -148,17 +151,19 @@ impl Sandbox {
         &self.boot
     }
 
-    /// Waits for its end.
+    /// Waits for its end. One that is removed as it ends tells it nevertheless.
     pub async fn wait(&self) -> R<ExitReport> {
+        let mut run = self.link.run;
         loop {
-            let record = self.link.record()?;
-            if let Some(report) = record.run.exit {
-                return Ok(report);
+            match self.link.record() {
+                Ok(Record { run: Run { exit: Some(report), .. }, .. }) => return Ok(report),
+                Ok(record) => run = record.run.id,
+                Err(gone) => return self.link.exit_of(run, gone),
             }
             match self.link.connection("wait").await {
                 Ok(connection) => drop(connection.wait_ended().await),
                 // Booting, or just gone: the store knows soon.
-                Err(Error::InvalidState { .. } | Error::Process { .. }) => {
+                Err(Error::InvalidState { .. } | Error::Process { .. } | Error::NotFound { .. }) => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 Err(error) => return Err(error),
@@ -185,9 +190,7 @@ impl Sandbox {
         const PATIENCE: Duration = Duration::from_millis(500);
         match tokio::time::timeout(PATIENCE, self.link.end(Request::Kill, Event::Kill)).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error @ Error::InvalidState { .. })) if !self.link.record()?.status.is_live() => {
-                Err(error)
-            }
+            Ok(Err(error @ Error::InvalidState { .. })) if !self.link.is_live()? => Err(error),
             // Booting, at its limit of clients, of another version, or stuck.
             Ok(Err(_)) | Err(_) => self.kill_process().await,
         }
@@ -212,7 +215,7 @@ impl Sandbox {
             }
         }
         let deadline = Instant::now() + STOP_TIMEOUT;
-        while self.link.record()?.status.is_live() {
+        while self.link.is_live()? {
             if Instant::now() >= deadline {
                 return Err(Error::Timeout { what: format!("the end of sandbox {:?}", self.name()) });
             }

@@ -29,11 +29,12 @@ pub enum ExitReason {
     AgentDied,
     /// The sandbox process was killed from outside.
     ProcessKilled {
-        /// The signal that ended it. 0 where nobody was there to see it: only the parent of a process learns
-        /// its signal, and a reader that finds the process gone is not its parent.
+        /// The signal that ended it. 0 where none is known: the process gave up by itself, or its keeper, who
+        /// alone learns the signal, was killed as well.
         signal: i32,
     },
-    /// The host was out of memory and killed the sandbox process.
+    /// The host was out of memory and killed the sandbox process, as far as the kernel's counters tell
+    /// ([`Death::OutOfMemory`]).
     OutOfMemory,
     /// The boot did not reach a ready agent.
     BootFailed {
@@ -92,6 +93,32 @@ impl std::fmt::Display for ExitReason {
             ExitReason::BootFailed { stage } => return write!(f, "its boot failed at {stage}"),
             ExitReason::HostUnsupported => "this host cannot run virtual machines",
         })
+    }
+}
+
+/// How a sandbox process ended that did not say so itself, as its parent saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// By this signal.
+    Signal(i32),
+    /// By SIGKILL, while the kernel counted an out-of-memory kill where the process lived.
+    OutOfMemory,
+    /// By itself.
+    Exit,
+}
+
+impl Death {
+    /// The reason to record for a sandbox that had `status`.
+    #[must_use]
+    pub fn reason(self, status: Status) -> ExitReason {
+        match self {
+            Death::Signal(signal) => ExitReason::ProcessKilled { signal },
+            Death::OutOfMemory => ExitReason::OutOfMemory,
+            Death::Exit if status == Status::Creating => {
+                ExitReason::BootFailed { stage: "process".to_owned() }
+            }
+            Death::Exit => ExitReason::ProcessKilled { signal: 0 },
+        }
     }
 }
 

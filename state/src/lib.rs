@@ -23,9 +23,9 @@ pub mod store;
 pub use config::{
     ImageDefaults, ImageSource, InvalidConfig, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName,
 };
-pub use exit::{ExitReason, ExitReport};
+pub use exit::{Death, ExitReason, ExitReport};
 pub use home::{Home, HomeError};
 pub use launch::{LaunchReport, LaunchSpec};
 pub use liveness::{LockError, ProcessIdentity, RunLock};
 pub use machine::{Event, Next, Refused, Status};
-pub use store::{Record, Run, RunId, Store, StoreError, Summary};
+pub use store::{ReaperLease, Record, Run, RunId, Store, StoreError, Summary};

@@ -1,8 +1,8 @@
 //! Whether the process behind a sandbox lives.
 //!
 //! A pid alone is no identity: pids are used again. What counts is a lock (flock(2)) that the sandbox process
-//! holds on its sandbox's lock file from before it says that it is there until its end; the kernel lets go of
-//! it however the process ends. Pid, start time and boot id ([`ProcessIdentity`]) say which process to signal,
+//! and its keeper hold together on their sandbox's lock file, from before the process says that it is there
+//! until its end is recorded; the kernel lets go of it once both are gone, however they went. Pid, start time and boot id ([`ProcessIdentity`]) say which process to signal,
 //! and stand in for the lock while the application that starts a sandbox has no process for it yet.
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -78,8 +78,8 @@ fn parse_stat(text: &[u8]) -> Option<(u8, u64)> {
     Some((state, start))
 }
 
-/// The lock that a sandbox process holds for as long as it lives. Dropping it says that the sandbox has no
-/// process any more.
+/// The lock that a sandbox process and its keeper hold for as long as one of them lives: it belongs to the open
+/// file, which a fork shares. When the last of them drops it, nobody answers for the sandbox any more.
 #[derive(Debug)]
 pub struct RunLock {
     _file: File,

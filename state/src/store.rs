@@ -5,13 +5,15 @@
 //!   speaks for and the status it expects, and asks [`Status::after`]. Whoever comes second gets a
 //!   typed [`StoreError::Conflict`] or [`StoreError::RunOver`], never the other's row.
 //! * Waiting for another process's transaction is done here: `SQLITE_BUSY` reaches nobody.
-//! * A reader that finds a live status without a living process records the crash ([`liveness`]), looking
-//!   twice: the second time under the write lock, after which no process can claim the run any more.
+//! * A sandbox process records its own end, its keeper that of one which could not ([`Store::bury`]). A reader
+//!   that finds a live status without either records the crash ([`liveness`]), looking twice: the second time
+//!   under the write lock, after which no process can claim the run any more.
 //! * WAL with `synchronous=NORMAL`: a commit survives the death of any process; the last ones before a power
 //!   cut may be lost, whole, together with the sandboxes they spoke of.
 //! * A file that is no database, is damaged, or was written by a newer version is an error, and is not touched.
 
 mod error;
+mod reap;
 mod schema;
 mod sql;
 
@@ -19,15 +21,16 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
 
 pub use error::StoreError;
+pub use reap::ReaperLease;
 
 use crate::config::{SandboxConfig, SandboxName};
-use crate::exit::{ExitReason, ExitReport};
+use crate::exit::{Death, ExitReason, ExitReport};
 use crate::home::{Home, HomeError};
 use crate::liveness::{self, LockError, ProcessIdentity, RunLock};
 use crate::machine::{Event, Next, Refused, Status};
@@ -99,9 +102,21 @@ pub struct Store {
     connection: Mutex<Connection>,
 }
 
+/// What the end of a run has come to.
+struct End {
+    status: Status,
+    /// The sandbox was ephemeral, and is gone.
+    removed: bool,
+    /// Its directory, to be deleted once its row is.
+    aside: Option<PathBuf>,
+}
+
 impl Store {
     /// How many runs of a sandbox are remembered.
     pub const HISTORY: u32 = 100;
+
+    /// How long [`Store::exit`] knows the end of an ephemeral sandbox that is gone.
+    pub const FAREWELL: Duration = Duration::from_secs(3600);
 
     /// Opens the store of `home`, and makes it where there is none.
     ///
@@ -225,13 +240,60 @@ impl Store {
     }
 
     /// Ends `run` with a report, and returns the status it ends in: [`Status::Stopped`] or
-    /// [`Status::Crashed`]. The sandbox process writes it when its guest is gone and its disk is flushed.
+    /// [`Status::Crashed`]. The sandbox process writes it when its guest is gone and its disk is flushed. An
+    /// ephemeral sandbox is removed with that, whoever records its end; [`Store::exit`] still knows it.
     ///
     /// # Errors
     /// [`StoreError::RunOver`] if it has ended already, perhaps in the words of another;
     /// [`StoreError::Refused`] if the reason cannot end a sandbox with its status.
     pub fn finish(&self, run: RunId, report: &ExitReport) -> Result<Status, StoreError> {
-        self.write(|tx| end(tx, &sql::current(tx, run)?, report))
+        let end = self.write(|tx| self.end(tx, &sql::current(tx, run)?, report))?;
+        Ok(self.leave(end))
+    }
+
+    /// Ends `run` in the place of a sandbox process that could not, with the last that its guest wrote. An end
+    /// that somebody had announced ([`Store::request_kill`]) is no crash.
+    ///
+    /// # Errors
+    /// [`StoreError::RunOver`] if the process had recorded its end before it went.
+    pub fn bury(&self, run: RunId, death: Death, console: &str) -> Result<Status, StoreError> {
+        let end = self.write(|tx| {
+            let row = sql::current(tx, run)?;
+            let report = if row.record.run.kill_requested {
+                ExitReport::now(ExitReason::Killed)
+            } else {
+                ExitReport::now(death.reason(row.record.status)).with_console(console)
+            };
+            self.end(tx, &row, &report)
+        })?;
+        Ok(self.leave(end))
+    }
+
+    /// Removes the ephemeral sandbox of `run`, if it has ended and is still there: whoever recorded its end could
+    /// not do it.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if its directory cannot be put aside.
+    pub fn discard(&self, run: RunId) -> Result<(), StoreError> {
+        let aside = self.write(|tx| match sql::ended(tx, run)? {
+            Some(row) if row.record.config.ephemeral => match row.record.run.exit.clone() {
+                Some(report) => self.forget(tx, &row, &report),
+                None => Ok(None),
+            },
+            _ => Ok(None),
+        })?;
+        aside.map_or(Ok(()), |path| self.delete(&path))
+    }
+
+    /// How `run` ended, if it has and is remembered. The end of an ephemeral sandbox is, for
+    /// [`Store::FAREWELL`], although the sandbox is gone.
+    ///
+    /// # Errors
+    /// [`StoreError::Row`] for a report that this version does not understand.
+    pub fn exit(&self, run: RunId) -> Result<Option<ExitReport>, StoreError> {
+        let json = self.read(|connection| sql::exit(connection, run))?;
+        let report = json.map(|json| serde_json::from_str(&json)).transpose();
+        report.map_err(|source| StoreError::Row { name: format!("of run {run}"), source: Box::new(source) })
     }
 
     /// One sandbox. If its process is gone, its crash is recorded first.
@@ -249,9 +311,17 @@ impl Store {
     /// Looks under the write lock whether the sandbox's process is gone, and records its end if so.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`].
+    /// [`StoreError::NotFound`], also for an ephemeral sandbox that is removed by this.
     pub fn reconcile(&self, name: &SandboxName) -> Result<Record, StoreError> {
-        self.write(|tx| Ok(self.settled(tx, name)?.record))
+        let (record, end) = self.write(|tx| {
+            let row = sql::load(tx, name)?;
+            let Some(reason) = self.unattended(&row) else { return Ok((Some(row.record), None)) };
+            let end = self.end(tx, &row, &ExitReport::now(reason))?;
+            let left = if end.removed { None } else { Some(sql::load(tx, name)?.record) };
+            Ok((left, Some(end)))
+        })?;
+        end.map(|end| self.leave(end));
+        record.ok_or_else(|| StoreError::NotFound { name: name.clone() })
     }
 
     /// All sandboxes, the newest first. The crash of each whose process is gone is recorded first.
@@ -317,22 +387,6 @@ impl Store {
         aside.map_or(Ok(()), |path| self.delete(&path))
     }
 
-    /// Deletes what interrupted removals have left behind.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`] if something cannot be deleted.
-    pub fn sweep(&self) -> Result<(), StoreError> {
-        let sandboxes = self.home.sandboxes();
-        for entry in fs::read_dir(&sandboxes).map_err(|source| self.io(&sandboxes, source))? {
-            let name = entry.map_err(|source| self.io(&sandboxes, source))?.file_name();
-            if name.to_str().is_some_and(|name| name.starts_with(".orphan-") || name.starts_with(".removed-"))
-            {
-                self.delete(&sandboxes.join(name))?;
-            }
-        }
-        Ok(())
-    }
-
     /// Whether a row with a live status has lost its process. What cannot be found out counts as living.
     fn is_dead(&self, name: &SandboxName, status: Status, run: &Run) -> bool {
         status.is_live()
@@ -340,22 +394,75 @@ impl Store {
             && liveness::is_held(&self.home.lock(name)).is_ok_and(|held| !held)
     }
 
-    /// The row as it is once the crash of a process that is gone is recorded. The caller has the write lock.
-    fn settled(&self, tx: &Transaction<'_>, name: &SandboxName) -> Result<sql::Row, StoreError> {
-        let row = sql::load(tx, name)?;
-        let run = &row.record.run;
-        if !self.is_dead(name, row.record.status, run) {
-            return Ok(row);
-        }
-        let reason = match (&run.process, run.kill_requested) {
+    /// Why the run of `row` ended, if its process and its keeper are gone without a word.
+    fn unattended(&self, row: &sql::Row) -> Option<ExitReason> {
+        let Record { name, status, run, .. } = &row.record;
+        self.is_dead(name, *status, run).then(|| match (&run.process, run.kill_requested) {
             (_, true) => ExitReason::Killed,
-            (None, false) if row.record.status == Status::Creating => {
+            (None, false) if *status == Status::Creating => {
                 ExitReason::BootFailed { stage: "launch".to_owned() }
             }
             (_, false) => ExitReason::ProcessKilled { signal: 0 },
-        };
-        end(tx, &row, &ExitReport::now(reason))?;
-        sql::load(tx, name)
+        })
+    }
+
+    /// The row as it is once the crash of a process that is gone is recorded. The caller has the write lock,
+    /// and may still fail: nothing but the row is touched. What is ephemeral is gone.
+    fn settled(&self, tx: &Transaction<'_>, name: &SandboxName) -> Result<sql::Row, StoreError> {
+        let row = sql::load(tx, name)?;
+        match self.unattended(&row) {
+            None => Ok(row),
+            Some(_) if row.record.config.ephemeral => Err(StoreError::NotFound { name: name.clone() }),
+            Some(reason) => {
+                self.end(tx, &row, &ExitReport::now(reason))?;
+                sql::load(tx, name)
+            }
+        }
+    }
+
+    /// Ends the run of `row`, and removes an ephemeral sandbox. Its socket goes under the same write lock, before
+    /// which no other run of that name can have begun.
+    fn end(&self, tx: &Transaction<'_>, row: &sql::Row, report: &ExitReport) -> Result<End, StoreError> {
+        let Record { name, run, config, .. } = &row.record;
+        let status = next(&row.record, report.reason.event())?;
+        let json = serde_json::to_string(report).map_err(|source| self::row(name, source))?;
+        sql::end_run(tx, run.id, sql::to_ms(report.at), &json)?;
+        sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
+        // One that stays does no harm: the next run binds its own in its place.
+        let _ = fs::remove_file(self.home.socket(name));
+        if !config.ephemeral {
+            return Ok(End { status, removed: false, aside: None });
+        }
+        match self.forget(tx, row, report) {
+            Ok(aside) => Ok(End { status, removed: true, aside }),
+            // The sandbox process may not have the right. Its keeper has, and its end is worth more.
+            Err(StoreError::Io { .. }) => Ok(End { status, removed: false, aside: None }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes an ephemeral sandbox that has ended with `report`, which is kept for a while.
+    fn forget(
+        &self,
+        tx: &Transaction<'_>,
+        row: &sql::Row,
+        report: &ExitReport,
+    ) -> Result<Option<PathBuf>, StoreError> {
+        let Record { name, run, .. } = &row.record;
+        let json = serde_json::to_string(report).map_err(|source| self::row(name, source))?;
+        let aside = self.set_aside(name, &format!(".removed-{}", row.id))?;
+        let oldest = report.at.checked_sub(Self::FAREWELL).unwrap_or(SystemTime::UNIX_EPOCH);
+        sql::insert_farewell(tx, run.id, sql::to_ms(report.at), &json, sql::to_ms(oldest))?;
+        sql::delete(tx, row.id)?;
+        Ok(aside)
+    }
+
+    /// Deletes what an end has put aside. What cannot be deleted is left to [`Store::sweep`].
+    fn leave(&self, end: End) -> Status {
+        if let Some(path) = end.aside {
+            let _ = self.delete(&path);
+        }
+        end.status
     }
 
     /// Renames the directory of `name`, if there is one.
@@ -419,15 +526,6 @@ fn next(record: &Record, event: Event) -> Result<Status, StoreError> {
         Ok(Next::Gone) => Ok(record.status),
         Err(refused) => Err(StoreError::Refused { name: record.name.clone(), refused }),
     }
-}
-
-/// Ends the run of `row`.
-fn end(tx: &Transaction<'_>, row: &sql::Row, report: &ExitReport) -> Result<Status, StoreError> {
-    let status = next(&row.record, report.reason.event())?;
-    let json = serde_json::to_string(report).map_err(|source| self::row(&row.record.name, source))?;
-    sql::end_run(tx, row.record.run.id, sql::to_ms(report.at), &json)?;
-    sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
-    Ok(status)
 }
 
 fn row(name: &SandboxName, source: serde_json::Error) -> StoreError {

@@ -102,6 +102,13 @@ pub fn process(name: &str) -> ProcessIdentity {
     record.run.process.unwrap_or_else(|| panic!("{name} has no process"))
 }
 
+/// The parent of the process behind a sandbox, which records its end if it cannot do so itself.
+pub fn keeper(name: &str) -> ProcessIdentity {
+    let status = fs::read_to_string(format!("/proc/{}/status", process(name).pid)).unwrap();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).expect("PPid");
+    ProcessIdentity::of(parent.trim().parse().unwrap()).unwrap()
+}
+
 /// Kills a process at once.
 pub fn kill(pid: u32) {
     signal(pid, rustix::process::Signal::KILL);
@@ -112,7 +119,8 @@ pub fn freeze(pid: u32) {
     signal(pid, rustix::process::Signal::STOP);
 }
 
-fn signal(pid: u32, signal: rustix::process::Signal) {
+/// Sends a signal to a process.
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
 }
@@ -205,7 +213,7 @@ impl Client {
     }
 
     /// Kills it with SIGKILL and waits until it is gone.
-    pub async fn kill(mut self) {
+    pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();
     }
 

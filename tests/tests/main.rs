@@ -4,6 +4,7 @@
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
 mod boot;
+mod crash;
 mod endurance;
 mod exec;
 mod flow;
@@ -13,6 +14,7 @@ mod lifecycle;
 mod lockin;
 mod many;
 mod processes;
+mod tidy;
 
 /// The other program (`src/bin/client.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");

@@ -57,7 +57,10 @@ pub(super) const EVERY_THREAD: &[Call] = &[
 ];
 
 /// A vCPU: into the guest and out again. Interrupts are eventfds, which are written.
-pub(super) const VCPU: &[Call] = &[only(c::SYS_ioctl, Only::OneOf(1, &[KVM_RUN]))];
+pub(super) const VCPU: &[Call] = &[
+    only(c::SYS_ioctl, Only::OneOf(1, &[KVM_RUN])),
+    any(c::SYS_lseek), // the ring that the console's output goes into begins again
+];
 
 /// A disk: kicks come by epoll, its file is open.
 pub(super) const WORKER: &[Call] = &[

@@ -11,7 +11,8 @@ use std::io;
 use libc::sock_filter;
 use rustix::process::Pid;
 
-use super::{refused, sys};
+use super::refused;
+use crate::sys;
 
 /// A system call that a kind of thread makes.
 pub(super) struct Call {

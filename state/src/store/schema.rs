@@ -38,6 +38,12 @@ pub(super) const STEPS: &[&str] = &[
          exit           TEXT
      ) STRICT;
      CREATE INDEX runs_of_sandbox ON runs (sandbox);",
+    // 2: how the runs of ephemeral sandboxes ended, kept for a while for those who were waiting for it.
+    "CREATE TABLE farewells (
+         run      INTEGER PRIMARY KEY,
+         ended_at INTEGER NOT NULL,
+         exit     TEXT NOT NULL
+     ) STRICT;",
 ];
 
 /// Brings the file to the newest format: `steps` are all there are.

@@ -141,13 +141,22 @@ pub(super) fn load(connection: &Connection, name: &SandboxName) -> Result<Row, S
 
 /// The sandbox whose current run this is, if the run has not ended.
 pub(super) fn current(connection: &Connection, run: RunId) -> Result<Row, StoreError> {
+    of_run(connection, run, "r.ended_at IS NULL")?.ok_or(StoreError::RunOver { run })
+}
+
+/// The sandbox whose current run this is, if the run has ended.
+pub(super) fn ended(connection: &Connection, run: RunId) -> Result<Option<Row>, StoreError> {
+    of_run(connection, run, "r.ended_at IS NOT NULL")
+}
+
+fn of_run(connection: &Connection, run: RunId, condition: &str) -> Result<Option<Row>, StoreError> {
     let sql = format!(
         "SELECT s.id, s.name, s.status, s.created_at, s.updated_at, s.config, {RUN_COLUMNS}
-         FROM sandboxes s JOIN runs r ON r.id = s.run WHERE r.id = ?1 AND r.ended_at IS NULL"
+         FROM sandboxes s JOIN runs r ON r.id = s.run WHERE r.id = ?1 AND {condition}"
     );
     let mut statement = connection.prepare_cached(&sql)?;
     let mut rows = statement.query([run.0])?;
-    rows.next()?.map(full).transpose()?.ok_or(StoreError::RunOver { run })
+    rows.next()?.map(full).transpose()
 }
 
 /// All sandboxes with their current runs, the newest first; exit reports are left out.
@@ -164,6 +173,55 @@ pub(super) fn list(connection: &Connection) -> Result<Vec<(Summary, Run)>, Store
         list.push((summary(row, &name)?, run(row, 5, &name)?));
     }
     Ok(list)
+}
+
+/// The runs of ephemeral sandboxes that have ended and are still there.
+pub(super) fn ephemeral_left(connection: &Connection) -> Result<Vec<RunId>, StoreError> {
+    let sql = "SELECT run FROM sandboxes
+               WHERE status IN ('Stopped', 'Crashed') AND json_extract(config, '$.ephemeral') = 1";
+    let mut statement = connection.prepare_cached(sql)?;
+    let runs = statement.query_map([], |row| Ok(RunId(row.get(0)?)))?.collect::<Result<_, _>>();
+    Ok(runs?)
+}
+
+/// The sandboxes with a status behind which there is a process.
+pub(super) fn live(connection: &Connection) -> Result<Vec<SandboxName>, StoreError> {
+    let mut statement = connection.prepare_cached(
+        "SELECT name FROM sandboxes WHERE status IN ('Creating', 'Running', 'Paused', 'Draining')",
+    )?;
+    let mut rows = statement.query([])?;
+    let mut names = Vec::new();
+    while let Some(row) = rows.next()? {
+        let name: String = row.get(0)?;
+        names.push(name.parse().map_err(|e| unclear(&name, e))?);
+    }
+    Ok(names)
+}
+
+/// Whether there is a sandbox with this key.
+pub(super) fn exists(connection: &Connection, id: i64) -> Result<bool, StoreError> {
+    Ok(connection.prepare_cached("SELECT 1 FROM sandboxes WHERE id = ?1")?.exists([id])?)
+}
+
+/// How a run ended, if it has: also one whose ephemeral sandbox is gone.
+pub(super) fn exit(connection: &Connection, run: RunId) -> Result<Option<String>, StoreError> {
+    let sql = "SELECT exit FROM runs WHERE id = ?1 AND exit IS NOT NULL
+               UNION ALL SELECT exit FROM farewells WHERE run = ?1";
+    Ok(connection.prepare_cached(sql)?.query_row([run.0], |row| row.get(0)).optional()?)
+}
+
+/// Keeps how the run of a sandbox ended that is about to be forgotten, and forgets those from before `oldest`.
+pub(super) fn insert_farewell(
+    tx: &Connection,
+    run: RunId,
+    at: i64,
+    report: &str,
+    oldest: i64,
+) -> Result<(), StoreError> {
+    tx.prepare_cached("DELETE FROM farewells WHERE ended_at < ?1")?.execute([oldest])?;
+    tx.prepare_cached("INSERT INTO farewells (run, ended_at, exit) VALUES (?1, ?2, ?3)")?
+        .execute(params![run.0, at, report])?;
+    Ok(())
 }
 
 /// All remembered runs of a sandbox, the newest first.
