@@ -125,6 +125,28 @@ pub async fn gone(process: &ProcessIdentity) {
     .await;
 }
 
+/// The processor time that each thread of a process has had, in clock ticks of 10 ms (proc_pid_stat(5), fields 14 and
+/// 15), with the thread's id.
+pub fn cpu_ticks(pid: u32) -> Vec<(u32, u64)> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let ticks = |thread: u32| {
+        let fields = stat(&format!("/proc/{pid}/task/{thread}/stat"))?;
+        Some((thread, fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()))
+    };
+    threads.filter_map(|thread| ticks(thread.unwrap().file_name().to_str()?.parse().ok()?)).collect()
+}
+
+/// The parent of a process of this machine.
+pub fn parent(pid: u32) -> u32 {
+    stat(&format!("/proc/{pid}/stat")).unwrap()[1].parse().unwrap()
+}
+
+/// The fields of a `stat` file from the third on: the second may hold anything.
+fn stat(path: &str) -> Option<Vec<String>> {
+    let text = fs::read_to_string(path).ok()?;
+    Some(text[text.rfind(')').unwrap() + 2..].split_whitespace().map(str::to_owned).collect())
+}
+
 /// What a process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
@@ -196,6 +218,11 @@ impl Client {
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         Self { stdin: child.stdin.take(), child, lines }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("the other program ended")
     }
 
     /// The next line that it prints.

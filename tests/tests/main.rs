@@ -9,9 +9,9 @@ mod exec;
 mod flow;
 mod host;
 mod image;
-mod lifecycle;
 mod many;
 mod processes;
+mod seed;
 
 /// The other program (`src/bin/client.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");
