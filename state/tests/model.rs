@@ -275,8 +275,10 @@ impl World {
                 Connection::open(self.home.database())
                     .and_then(|connection| {
                         connection.busy_timeout(Duration::from_secs(60))?;
-                        connection
-                            .execute("UPDATE runs SET launcher_start = launcher_start + 1 WHERE id = ?1", [run.0])
+                        connection.execute(
+                            "UPDATE runs SET launcher_start = launcher_start + 1 WHERE id = ?1",
+                            [run.0],
+                        )
                     })
                     .unwrap();
                 // Its process may be on its way all the same, or nobody starts one for it now. The process of the

@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
+pub mod random;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cubby_state::{Home, ProcessIdentity, Store};
 use cubbyhole::{Error, ExecOutput, Sandbox, SandboxBuilder};
@@ -125,6 +127,11 @@ pub async fn gone(process: &ProcessIdentity) {
     .await;
 }
 
+/// The wall clock, since the Unix epoch.
+pub fn host_time() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
+}
+
 /// The processor time that each thread of a process has had, in clock ticks of 10 ms (proc_pid_stat(5), fields 14 and
 /// 15), with the thread's id.
 pub fn cpu_ticks(pid: u32) -> Vec<(u32, u64)> {
@@ -199,7 +206,7 @@ fn anonymous_kib(status: &str) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Another program that uses sandboxes, as `src/bin/client.rs` has it. Dropping it kills it.
+/// Another program that uses sandboxes, as `src/bin/client/main.rs` has it. Dropping it kills it.
 pub struct Client {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -227,8 +234,13 @@ impl Client {
 
     /// The next line that it prints.
     pub async fn line(&mut self) -> String {
-        let line = within("a line of the other program", self.lines.next_line()).await.unwrap();
+        let line = within("a line of the other program", self.next_line()).await;
         line.expect("the other program ended")
+    }
+
+    /// The next line that it prints, however long that takes, unless its output ends. It may be called off.
+    pub async fn next_line(&mut self) -> Option<String> {
+        self.lines.next_line().await.unwrap()
     }
 
     /// Kills it with SIGKILL and waits until it is gone.

@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
+mod bad_input;
 mod boot;
+mod chaos;
 mod endurance;
 mod exec;
 mod flow;
@@ -13,5 +15,5 @@ mod many;
 mod processes;
 mod seed;
 
-/// The other program (`src/bin/client.rs`).
+/// The other program (`src/bin/client/main.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");

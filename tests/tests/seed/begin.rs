@@ -2,8 +2,8 @@
 
 use cubby_state::Home;
 use cubby_tests::{
-    Client, builder, discard, gone, name, parent, process, refused_as, shared, shell, store, until,
-    within,
+    Client, builder, discard, gone, host_time, name, parent, process, python, refused_as, shared, shell,
+    store, until, within,
 };
 use cubbyhole::{Error, ExitReason, Sandbox, Status};
 
@@ -60,6 +60,27 @@ async fn it_is_creating_while_it_boots_and_running_once_the_agent_is_ready() {
     let output = within("exec", sandbox.exec("echo", ["first"])).await.unwrap();
     assert_eq!(output.stdout().unwrap(), "first\n");
     assert_eq!(shell(&booting, "echo second").await, "second\n");
+    discard(sandbox).await;
+}
+
+/// "... initializing (configuring network, setting up the environment)."
+#[tokio::test]
+async fn the_first_command_finds_loopback_and_the_hosts_time() {
+    let name = name("environment");
+    let sandbox = within("create", builder(&name).env("COLOUR", "blue").create()).await.unwrap();
+    let before = host_time();
+    let first = python(&sandbox, "import time; print(repr(time.time()))").await;
+    let after = host_time();
+    let guest = std::time::Duration::from_secs_f64(first.trim().parse().unwrap());
+    // What the agent takes from being told to having set it.
+    let tolerance = std::time::Duration::from_millis(100);
+    assert!(
+        before <= guest + tolerance && guest <= after + tolerance,
+        "{guest:?} not in {before:?} to {after:?}"
+    );
+    let program = "import os, socket\nserver = socket.create_server(('127.0.0.1', 0))\n\
+                   client = socket.create_connection(server.getsockname())\nprint(os.environ['COLOUR'], socket.gethostname())";
+    assert_eq!(python(&sandbox, program).await, format!("blue {name}\n"));
     discard(sandbox).await;
 }
 
@@ -157,7 +178,8 @@ async fn names_are_taken_listed_found_removed_and_free_again() {
     // None of the three harmed it.
     assert_eq!(shell(&sandbox, "echo well").await, "well\n");
 
-    let listed = Sandbox::list().await.unwrap().into_iter().find(|one| one.name() == name).unwrap();
+    let find = async || Sandbox::list().await.unwrap().into_iter().find(|one| one.name() == name).unwrap();
+    let listed = find().await;
     assert_eq!(listed.status(), Status::Running);
     let other = listed.connect().await.unwrap();
     assert_eq!(shell(&other, "hostname").await, format!("{name}\n"));
@@ -166,7 +188,7 @@ async fn names_are_taken_listed_found_removed_and_free_again() {
 
     // The end is everybody's to ask for and to see.
     within("stop", other.stop()).await.unwrap();
-    assert_eq!(sandbox.status().await.unwrap(), Status::Stopped);
+    assert_eq!((sandbox.status().await.unwrap(), find().await.status()), (Status::Stopped, Status::Stopped));
     let taken = within("create", builder(&name).create()).await;
     assert!(matches!(taken, Err(Error::AlreadyExists { .. })), "{taken:?}");
     Sandbox::remove(&name).await.unwrap();

@@ -1,9 +1,11 @@
 //! Pause and resume. One guest under full load of processor, disk and loopback network is paused once for longer than
 //! five seconds, and every test here looks at another side of what was seen then.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use cubby_tests::{cpu_ticks, discard, process, python, refused_as, sandbox, shell, until, within};
+use cubby_tests::{
+    cpu_ticks, discard, host_time, process, python, refused_as, sandbox, shell, until, within,
+};
 use cubbyhole::{ExecEvent, ExecHandle, ExitReason, Sandbox, Status};
 use tokio::sync::OnceCell;
 
@@ -120,10 +122,6 @@ struct Seen {
     boots: [String; 2],
 }
 
-fn host_time() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
-}
-
 /// Reads samples until there are `count` of them more, or an alarm.
 async fn read(load: &mut ExecHandle, text: &mut String, count: usize) {
     let wanted = text.lines().count() + count;
@@ -163,7 +161,9 @@ fn between(before: &[(u32, u64)], after: &[(u32, u64)]) -> Vec<u64> {
 async fn look() -> Seen {
     let sandbox = sandbox("paused").await;
     let pid = process(sandbox.name()).pid;
-    let boot = async || shell(&sandbox, "cat /proc/sys/kernel/random/boot_id; cat /proc/1/stat | cut -d' ' -f22").await;
+    let boot = async || {
+        shell(&sandbox, "cat /proc/sys/kernel/random/boot_id; cat /proc/1/stat | cut -d' ' -f22").await
+    };
     let stall = format!("echo {STALL} > /sys/module/rcupdate/parameters/rcu_cpu_stall_timeout; dmesg -n 8");
     shell(&sandbox, &stall).await;
     let boot_before = boot().await;
@@ -238,9 +238,13 @@ async fn the_vm_uses_zero_cpu_while_paused() {
 async fn all_guest_processes_are_frozen_while_paused() {
     let (before, after) = around(seen().await);
     let (least, most) = seen().await.paused;
-    let gap = after.realtime.checked_sub(before.realtime).unwrap();
-    assert!(gap >= least.saturating_sub(Duration::from_millis(50)), "a gap of {gap:?} in a pause of {least:?}");
-    assert!(gap <= most + Duration::from_secs(1), "a gap of {gap:?} in a pause of {most:?}");
+    // Time that passed outside and that no process of the guest has had, of which each is sampled by both clocks.
+    let missing = (after.realtime - before.realtime).checked_sub(after.monotonic - before.monotonic).unwrap();
+    let tolerance = Duration::from_millis(200);
+    assert!(
+        least <= missing + tolerance && missing <= most + tolerance,
+        "{missing:?} in a pause of {least:?} to {most:?}"
+    );
 }
 
 /// "The guest continues exactly where it left off."
@@ -267,7 +271,8 @@ async fn a_resume_is_no_reboot_and_no_reinit() {
 async fn the_monotonic_clock_stands_still_during_a_pause() {
     let (before, after) = around(seen().await);
     let moved = after.monotonic.checked_sub(before.monotonic).expect("it went back");
-    assert!(moved < Duration::from_secs(1), "it moved by {moved:?} in a pause of {:?}", seen().await.paused);
+    // What the guest itself had around the pause is in it; a guest on a busy machine has its samples late.
+    assert!(moved < WATCHED / 2, "it moved by {moved:?} in a pause of {:?}", seen().await.paused);
     let all = &seen().await.samples;
     assert!(all.is_sorted_by(|one, other| one.monotonic < other.monotonic), "it went back");
 }
@@ -276,15 +281,22 @@ async fn the_monotonic_clock_stands_still_during_a_pause() {
 async fn the_wall_clock_is_right_in_the_first_command_after_a_resume() {
     let [before, guest, after] = seen().await.clock;
     let tolerance = Duration::from_millis(20);
-    assert!(before <= guest + tolerance && guest <= after + tolerance, "{guest:?} not in {before:?} to {after:?}");
+    assert!(
+        before <= guest + tolerance && guest <= after + tolerance,
+        "{guest:?} not in {before:?} to {after:?}"
+    );
 }
 
 #[tokio::test]
 async fn a_pause_longer_than_the_kernel_takes_for_a_stall_is_reported_by_nobody() {
     let log = &seen().await.kernel_log;
-    let reports: Vec<_> = log.lines().filter(|line| ["rcu:", "RCU", "soft lockup", "stall"].iter().any(|word| line.contains(word))).collect();
+    let reports: Vec<_> = log
+        .lines()
+        .filter(|line| ["rcu:", "RCU", "soft lockup", "stall"].iter().any(|word| line.contains(word)))
+        .collect();
     // What the kernel says of RCU while it boots.
-    let alarms: Vec<_> = reports.iter().filter(|line| line.contains("stall") || line.contains("lockup")).collect();
+    let alarms: Vec<_> =
+        reports.iter().filter(|line| line.contains("stall") || line.contains("lockup")).collect();
     assert!(alarms.is_empty(), "{alarms:#?}");
     assert!(!log.is_empty(), "the guest's log cannot be read");
 }

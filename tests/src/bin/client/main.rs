@@ -2,9 +2,13 @@
 //! sees, a line at a time, and ends when its standard input does.
 //!
 //! `cubby-test-client attached|detached|detaching|hold|flood NAME | run NAME SCRIPT | list |
-//! endurance NAME WARM_UP TOTAL | create NAME IMAGE`
+//! endurance NAME WARM_UP TOTAL | create NAME IMAGE | chaos PREFIX SEED COUNT | remove-all |
+//! full-disk NAME`
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
+
+mod chaos;
+mod full_disk;
 
 use std::time::Instant;
 
@@ -41,6 +45,11 @@ async fn main() {
         ["endurance", name, warm_up, total] => {
             endure(name, warm_up.parse().unwrap(), total.parse().unwrap()).await;
         }
+        ["chaos", prefix, seed, count] => {
+            chaos::run(prefix, seed.parse().unwrap(), count.parse().unwrap()).await;
+        }
+        ["full-disk", name] => full_disk::run(name).await,
+        ["remove-all"] => chaos::remove_all().await,
         ["create", name, image] => try_to_create(name, image).await,
         _ => panic!("not a call of this program: {arguments:?}"),
     }

@@ -1,0 +1,50 @@
+//! What a user's machine can do to a sandbox: a disk that is full at each step. (What needs no guest is tried in the
+//! library's own tests.)
+
+use std::collections::BTreeMap;
+
+use cubby_tests::{Client, image, name};
+
+use crate::CLIENT;
+
+#[tokio::test]
+async fn a_full_disk_is_told_at_each_step_and_loses_nothing_that_was_synced() {
+    let images = cubby_tests::store().home().images();
+    let store = cubby_image::Store::open(images.clone()).unwrap();
+    let options = cubby_image::PullOptions::default();
+    store.resolve(&image().parse().unwrap(), cubby_image::PullPolicy::IfMissing, &options).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    // A namespace of its own in which the home is a small disk; root needs no user namespace for it.
+    let user = if rustix::process::geteuid().is_root() { "--mount" } else { "--map-root-user" };
+    let script = "mount -t tmpfs -o size=12m,mode=700 disk \"$CUBBY_HOME\" && cd \"$CUBBY_HOME\" && \
+                  mkdir -m 700 -p cubby cubby/images && mount --bind \"$0\" cubby/images && exec \"$@\"";
+    let home = format!("CUBBY_HOME={}", directory.path().display());
+    let (images, name) = (images.display().to_string(), name("full"));
+    let unshare = ["env", &home, "unshare", user, "--mount", "sh", "-c", script, &images];
+    let mut client = Client::start(&[&unshare[..], &[CLIENT, "full-disk", &name]].concat());
+    let mut told = BTreeMap::new();
+    while let Some(line) = client.next_line().await {
+        println!("{line}");
+        let (what, outcome) = line.split_once(": ").unwrap();
+        told.insert(what.to_owned(), outcome.to_owned());
+    }
+    client.finish().await;
+    // Each says what stood in the way and what to do about it.
+    for call in ["create"] {
+        let text = &told[call];
+        assert!(
+            text.contains("space left") && text.contains(directory.path().to_str().unwrap()),
+            "{call}: {text}"
+        );
+    }
+    assert_eq!(told["list"], "done");
+    if let Some(left) = told.get("left") {
+        assert_eq!(left, "Crashed");
+    }
+    // The guest is told by its own kernel, and lives.
+    assert_eq!((told["write"].as_str(), told["alive"].as_str()), ("failed", "true"));
+    assert_eq!((told["stop"].as_str(), told["freed"].as_str()), ("done", "Stopped"));
+    assert_eq!(told["kept"], r#""kept\n""#);
+    assert_eq!((told["kill"].as_str(), told["killed"].as_str()), ("done", "Stopped"));
+    assert!(told["remove"] == "done" || told["remove again"] == "done", "{told:?}");
+}
