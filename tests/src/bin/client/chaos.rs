@@ -24,9 +24,11 @@ pub async fn run(prefix: &str, seed: u64, count: u64) {
         }
         if random.below(3) == 0 {
             let others = Sandbox::list().await.unwrap();
-            let other = random.one_of(&others).name();
-            if let Ok(other) = explained(other, "get", Sandbox::get(other).await) {
-                act(&mut random, &other).await;
+            if !others.is_empty() {
+                let other = random.one_of(&others).name();
+                if let Ok(other) = explained(other, "get", Sandbox::get(other).await) {
+                    act(&mut random, &other).await;
+                }
             }
         }
         // Few live at once: a machine has only so much memory.

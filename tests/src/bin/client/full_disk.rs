@@ -65,19 +65,20 @@ pub async fn run(name: &str) {
     let alive = within("echo", sandbox.exec("echo", ["alive"])).await.map(|output| output.stdout().unwrap());
     println!("alive: {}", alive.is_ok_and(|text| text == "alive\n"));
     told("stop", within("stop", sandbox.stop()).await);
-    println!("stopped: {}", status().await);
+    println!("after stop: {}", status().await);
     filler.free();
-    println!("freed: {}", status().await);
+    let alive = within("echo", sandbox.exec("echo", ["alive"])).await.map(|output| output.stdout().unwrap());
+    println!("still alive: {}", alive.is_ok_and(|text| text == "alive\n"));
+    told("second stop", within("stop", sandbox.stop()).await);
     let again = within("start", Sandbox::start(name)).await.unwrap();
     let kept = within("cat", again.exec("cat", ["/root/note"])).await.unwrap();
     println!("kept: {:?}", kept.stdout().unwrap());
 
     let filler = Filler::fill();
     told("kill", within("kill", again.kill()).await);
-    println!("killed: {}", status().await);
-    told("remove", Sandbox::remove(name).await);
     filler.free();
-    if Sandbox::get(name).await.is_ok() {
-        told("remove again", Sandbox::remove(name).await);
-    }
+    println!("after kill: {}", status().await);
+    let reason = again.last_exit().await.unwrap().map(|report| report.reason);
+    println!("reason: {reason:?}");
+    told("remove", Sandbox::remove(name).await);
 }
