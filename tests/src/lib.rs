@@ -143,6 +143,15 @@ pub fn cpu_ticks(pid: u32) -> Vec<(u32, u64)> {
     threads.filter_map(|thread| ticks(thread.unwrap().file_name().to_str()?.parse().ok()?)).collect()
 }
 
+/// Whether every thread of a process waits for something.
+pub fn sleeps(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.map(|thread| thread.unwrap().path().join("stat")).all(|path| {
+        // One that is gone meanwhile does not run either.
+        stat(path.to_str().unwrap()).is_none_or(|fields| fields[0] == "S")
+    })
+}
+
 /// The parent of a process of this machine.
 pub fn parent(pid: u32) -> u32 {
     stat(&format!("/proc/{pid}/stat")).unwrap()[1].parse().unwrap()

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use cubby_tests::{
-    cpu_ticks, discard, host_time, process, python, refused_as, sandbox, shell, until, within,
+    cpu_ticks, discard, host_time, process, python, refused_as, sandbox, shell, sleeps, until, within,
 };
 use cubbyhole::{ExecEvent, ExecHandle, ExitReason, Sandbox, Status};
 use tokio::sync::OnceCell;
@@ -187,7 +187,8 @@ async fn look() -> Seen {
     let asked = tokio::time::Instant::now();
     within("pause", sandbox.pause()).await.unwrap();
     let paused = tokio::time::Instant::now();
-    // What is on its way when a guest is paused is the process's own to handle.
+    // It has answered, and may have a last look around.
+    until("the sandbox process to sleep", async || sleeps(pid)).await;
     let before = cpu_ticks(pid);
     // The passing of time is what is measured.
     tokio::time::sleep(WATCHED).await;
