@@ -144,7 +144,7 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
                     *killed.entry("clients").or_insert(0) += 1;
                     let _ = random.one_of(&murders).try_send(());
                 }
-                1 | 2 => {
+                1 => {
                     let list = store.list().unwrap();
                     let live: Vec<_> = list.iter().filter(|one| one.status.is_live()).collect();
                     if live.is_empty() {
