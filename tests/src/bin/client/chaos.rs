@@ -93,6 +93,7 @@ fn explained<T>(name: &str, call: &str, result: Result<T, Error>) -> Result<T, (
     result.map_err(|error| match error {
         Error::InvalidState { .. }
         | Error::Draining { .. }
+        | Error::Ended { .. }
         | Error::NotFound { .. }
         | Error::Process { .. }
         | Error::BootFailed { .. } => {}
