@@ -174,8 +174,15 @@ impl Server {
         }
     }
 
-    /// Reads from everybody; true when that began the shutdown, so that children have to be counted.
+    /// Reads from everybody; true when that began the shutdown, so that children have to be counted. The host comes
+    /// first: what it said before a client's frame (the time, after a pause) holds for that frame.
     fn receive(&mut self) -> bool {
+        let grace = self.control.as_mut().and_then(Control::receive);
+        let stop = grace.filter(|_| self.stopping.is_none());
+        if let Some(grace) = stop {
+            self.shared.stopping = true;
+            self.stopping = Some(Progress::start(grace));
+        }
         let shared = &mut self.shared;
         let mut dropped = Vec::new();
         for (slot, client) in &mut self.clients {
@@ -184,15 +191,7 @@ impl Server {
             }
         }
         self.drop_clients(dropped);
-        if let Some(control) = &mut self.control
-            && let Some(grace) = control.receive()
-            && self.stopping.is_none()
-        {
-            self.shared.stopping = true;
-            self.stopping = Some(Progress::start(grace));
-            return true;
-        }
-        false
+        stop.is_some()
     }
 
     fn send(&mut self) {

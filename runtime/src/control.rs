@@ -6,6 +6,8 @@ use cubby_protocol::{Decoder, Frame, FrameError, Header, Hello, Kind, SessionId,
 use cubby_vmm::devices::vsock::{StreamId, Vsock};
 use serde::Serialize;
 
+use crate::machine;
+
 /// What the agent said.
 #[derive(Debug)]
 pub(crate) enum Said {
@@ -47,7 +49,8 @@ impl Control {
         }
         self.stream = Some(id);
         self.out.extend_from_slice(&Hello::OURS.to_frame());
-        let config = std::mem::take(&mut self.config);
+        // The time of this moment, and not of the one in which the boot began.
+        let config = GuestConfig { realtime_ns: machine::realtime_ns(), ..std::mem::take(&mut self.config) };
         encode(Kind::Configure, SessionId::CONNECTION, &config, &mut self.out)?;
         self.flush(vsock);
         Ok(())

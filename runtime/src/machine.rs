@@ -89,7 +89,8 @@ pub(crate) fn guest_config(spec: &LaunchSpec) -> io::Result<GuestConfig> {
     let image = &config.image.defaults;
     Ok(GuestConfig {
         hostname: config.hostname.clone().unwrap_or_else(|| hostname(spec.name.as_str())),
-        realtime_ns: realtime_ns(),
+        // Told when the agent asks.
+        realtime_ns: 0,
         entropy,
         env: environment(config),
         workdir: config.workdir.clone().or_else(|| image.workdir.clone()).unwrap_or_default(),

@@ -112,7 +112,7 @@ fn be_the_sandbox(
     store.adopt(spec.run, lock).map_err(failed)?;
     boot(launch, spec, &store, console, signals, began).inspect_err(|failure| {
         // If not even that can be written, the keeper tries again.
-        let _ = store.finish(spec.run, &ExitReport::now(failure.reason.clone()));
+        let _ = store.record_end(spec.run, &ExitReport::now(failure.reason.clone()));
     })
 }
 

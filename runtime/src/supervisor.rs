@@ -487,7 +487,7 @@ impl Supervisor<'_> {
         if report.reason.status() == Status::Crashed {
             report = report.with_console(&console);
         }
-        self.store.finish(self.spec.run, &report).map_err(|error| crate::chain(&error))?;
+        self.store.record_end(self.spec.run, &report).map_err(|error| crate::chain(&error))?;
         if let Ok(mut ops) = events.event_ops(inbox) {
             for asked in std::mem::take(&mut self.waiters) {
                 self.relay.reply(&asked, &Reply::Done);

@@ -196,11 +196,15 @@ impl Sandbox {
         }
     }
 
-    /// Kills the sandbox process and waits until it is gone.
+    /// Kills the sandbox process and waits until its run is over. Who is late, because it ended, was started again or was
+    /// removed meanwhile, has what it wanted.
     async fn kill_process(&self) -> R<()> {
         let record = self.link.record()?;
-        let store = &self.link.context.store;
-        store.request_kill(record.run.id).map_err(|error| Error::store(self.name(), error))?;
+        match self.link.context.store.request_kill(record.run.id) {
+            Ok(()) => {}
+            Err(StoreError::RunOver { .. }) => return Ok(()),
+            Err(error) => return Err(Error::store(self.name(), error)),
+        }
         let failed = |error: rustix::io::Errno| Error::Process {
             name: self.name().into(),
             why: format!("cannot kill it: {error}"),
@@ -215,13 +219,17 @@ impl Sandbox {
             }
         }
         let deadline = Instant::now() + STOP_TIMEOUT;
-        while self.link.is_live()? {
+        loop {
+            match self.link.record() {
+                Ok(now) if now.status.is_live() && now.run.id == record.run.id => {}
+                Ok(_) | Err(Error::NotFound { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
             if Instant::now() >= deadline {
                 return Err(Error::Timeout { what: format!("the end of sandbox {:?}", self.name()) });
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        Ok(())
     }
 
     /// Refuses new commands, lets those that run finish, then stops. Returns when it has stopped.

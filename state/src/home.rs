@@ -70,7 +70,7 @@ pub enum HomeError {
         mode: u32,
     },
     /// A directory cannot be made or looked at.
-    #[error("cannot make or use the directory {}", path.display())]
+    #[error("cannot make or use the directory {}; make it writable, or set CUBBY_HOME to one that is", path.display())]
     Io {
         /// The directory.
         path: PathBuf,

@@ -251,6 +251,15 @@ impl Store {
         Ok(self.leave(end))
     }
 
+    /// Like [`Store::finish`], for a sandbox process that has given up the right to remove anything: an ephemeral
+    /// sandbox is left to its keeper, which calls [`Store::discard`].
+    ///
+    /// # Errors
+    /// Those of [`Store::finish`].
+    pub fn record_end(&self, run: RunId, report: &ExitReport) -> Result<Status, StoreError> {
+        self.write(|tx| self.set_ended(tx, &sql::current(tx, run)?, report))
+    }
+
     /// Ends `run` in the place of a sandbox process that could not, with the last that its guest wrote. An end
     /// that somebody had announced ([`Store::request_kill`]) is no crash.
     ///
@@ -423,22 +432,32 @@ impl Store {
     /// Ends the run of `row`, and removes an ephemeral sandbox. Its socket goes under the same write lock, before
     /// which no other run of that name can have begun.
     fn end(&self, tx: &Transaction<'_>, row: &sql::Row, report: &ExitReport) -> Result<End, StoreError> {
-        let Record { name, run, config, .. } = &row.record;
+        let status = self.set_ended(tx, row, report)?;
+        if !row.record.config.ephemeral {
+            return Ok(End { status, removed: false, aside: None });
+        }
+        match self.forget(tx, row, report) {
+            Ok(aside) => Ok(End { status, removed: true, aside }),
+            // Files that stay are the reaper's; the end is worth more.
+            Err(StoreError::Io { .. }) => Ok(End { status, removed: false, aside: None }),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn set_ended(
+        &self,
+        tx: &Transaction<'_>,
+        row: &sql::Row,
+        report: &ExitReport,
+    ) -> Result<Status, StoreError> {
+        let Record { name, run, .. } = &row.record;
         let status = next(&row.record, report.reason.event())?;
         let json = serde_json::to_string(report).map_err(|source| self::row(name, source))?;
         sql::end_run(tx, run.id, sql::to_ms(report.at), &json)?;
         sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
         // One that stays does no harm: the next run binds its own in its place.
         let _ = fs::remove_file(self.home.socket(name));
-        if !config.ephemeral {
-            return Ok(End { status, removed: false, aside: None });
-        }
-        match self.forget(tx, row, report) {
-            Ok(aside) => Ok(End { status, removed: true, aside }),
-            // The sandbox process may not have the right. Its keeper has, and its end is worth more.
-            Err(StoreError::Io { .. }) => Ok(End { status, removed: false, aside: None }),
-            Err(error) => Err(error),
-        }
+        Ok(status)
     }
 
     /// Removes an ephemeral sandbox that has ended with `report`, which is kept for a while.

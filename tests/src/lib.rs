@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
+pub mod random;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cubby_state::{Home, ProcessIdentity, Store};
 use cubbyhole::{Error, ExecOutput, Sandbox, SandboxBuilder};
@@ -133,6 +135,42 @@ pub async fn gone(process: &ProcessIdentity) {
     .await;
 }
 
+/// The wall clock, since the Unix epoch.
+pub fn host_time() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
+}
+
+/// The processor time that each thread of a process has had, in clock ticks of 10 ms (proc_pid_stat(5), fields 14 and
+/// 15), with the thread's id.
+pub fn cpu_ticks(pid: u32) -> Vec<(u32, u64)> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let ticks = |thread: u32| {
+        let fields = stat(&format!("/proc/{pid}/task/{thread}/stat"))?;
+        Some((thread, fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()))
+    };
+    threads.filter_map(|thread| ticks(thread.unwrap().file_name().to_str()?.parse().ok()?)).collect()
+}
+
+/// Whether every thread of a process waits for something.
+pub fn sleeps(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.map(|thread| thread.unwrap().path().join("stat")).all(|path| {
+        // One that is gone meanwhile does not run either.
+        stat(path.to_str().unwrap()).is_none_or(|fields| fields[0] == "S")
+    })
+}
+
+/// The parent of a process of this machine.
+pub fn parent(pid: u32) -> u32 {
+    stat(&format!("/proc/{pid}/stat")).unwrap()[1].parse().unwrap()
+}
+
+/// The fields of a `stat` file from the third on: the second may hold anything.
+fn stat(path: &str) -> Option<Vec<String>> {
+    let text = fs::read_to_string(path).ok()?;
+    Some(text[text.rfind(')').unwrap() + 2..].split_whitespace().map(str::to_owned).collect())
+}
+
 /// What a process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
@@ -185,7 +223,7 @@ fn anonymous_kib(status: &str) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Another program that uses sandboxes, as `src/bin/client.rs` has it. Dropping it kills it.
+/// Another program that uses sandboxes, as `src/bin/client/main.rs` has it. Dropping it kills it.
 pub struct Client {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -206,10 +244,20 @@ impl Client {
         Self { stdin: child.stdin.take(), child, lines }
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("the other program ended")
+    }
+
     /// The next line that it prints.
     pub async fn line(&mut self) -> String {
-        let line = within("a line of the other program", self.lines.next_line()).await.unwrap();
+        let line = within("a line of the other program", self.next_line()).await;
         line.expect("the other program ended")
+    }
+
+    /// The next line that it prints, however long that takes, unless its output ends. It may be called off.
+    pub async fn next_line(&mut self) -> Option<String> {
+        self.lines.next_line().await.unwrap()
     }
 
     /// Kills it with SIGKILL and waits until it is gone.

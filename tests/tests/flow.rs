@@ -1,6 +1,6 @@
 //! Bytes in motion: much of them, any of them, and nobody waits for somebody else's reader.
 
-use cubby_tests::{builder, discard, name, sandbox, shared, shell, until, within};
+use cubby_tests::{shared, shell, within};
 use cubbyhole::{Error, ExecEvent, ExecHandle, Sandbox};
 
 const MIB: usize = 1 << 20;
@@ -148,35 +148,4 @@ async fn two_clients_and_their_sessions_are_never_mixed_up() {
         compare(&mut handle, 4).await;
     };
     tokio::join!(run(&first, "first"), run(&second, "second"), run(&first, "third"), run(&second, "fourth"));
-}
-
-#[tokio::test]
-async fn one_client_too_many_is_told_how_many_there_may_be() {
-    let name = name("crowded");
-    let owner = within("create", builder(&name).max_clients(2).create()).await.unwrap();
-    let second = Sandbox::get(&name).await.unwrap();
-    assert_eq!(shell(&second, "echo second").await, "second\n");
-    let third = Sandbox::get(&name).await.unwrap();
-    let refused = within("exec", third.exec("true", [""; 0])).await;
-    assert!(matches!(refused, Err(Error::TooManyClients { max: 2, .. })), "{refused:?}");
-    // A place that is given up can be taken.
-    drop(second);
-    until("a free place", async || third.exec("true", [""; 0]).await.is_ok()).await;
-    discard(owner).await;
-}
-
-#[tokio::test]
-async fn what_a_client_leaves_behind_ends_with_it() {
-    let sandbox = sandbox("deserted").await;
-    let client = Sandbox::get(sandbox.name()).await.unwrap();
-    let mut handle = within("start", client.exec_stream("sleep", ["86405"])).await.unwrap();
-    let Some(Ok(ExecEvent::Started { pid })) = within("start", handle.next()).await else {
-        panic!("no start")
-    };
-    drop((handle, client));
-    until("the end of the command", async || {
-        shell(&sandbox, &format!("test -d /proc/{pid} || echo gone")).await == "gone\n"
-    })
-    .await;
-    discard(sandbox).await;
 }

@@ -3,18 +3,20 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
+mod bad_input;
 mod boot;
+mod chaos;
 mod crash;
 mod endurance;
 mod exec;
 mod flow;
 mod host;
 mod image;
-mod lifecycle;
 mod lockin;
 mod many;
 mod processes;
+mod seed;
 mod tidy;
 
-/// The other program (`src/bin/client.rs`).
+/// The other program (`src/bin/client/main.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");

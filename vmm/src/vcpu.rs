@@ -15,7 +15,8 @@ use crate::thread::{ThreadKind, Threads};
 
 /// What the owner asks of a vCPU. A closed channel asks it to end.
 enum Command {
-    Run,
+    /// Go on; the guest does not see the so many ticks of the time stamp counter for which it was parked.
+    Run { unseen: u64 },
     /// Stop and say so by dropping the sender.
     Park(SyncSender<()>),
 }
@@ -49,9 +50,9 @@ impl VcpuThread {
         Ok(Self { thread, commands })
     }
 
-    /// Lets the vCPU run. One that has ended stays ended.
-    pub(crate) fn resume(&self) {
-        let _ = self.commands.send(Command::Run);
+    /// Lets the vCPU run, `unseen` ticks of its counter before where it would be. One that has ended stays ended.
+    pub(crate) fn resume(&self, unseen: u64) {
+        let _ = self.commands.send(Command::Run { unseen });
     }
 
     /// Asks the vCPU to park; the receiver reports an error (a closed channel) once it has, or has ended.
@@ -93,7 +94,11 @@ impl Vcpu {
     fn live(&mut self) -> Option<Exit> {
         loop {
             match self.commands.recv() {
-                Ok(Command::Run) => {
+                Ok(Command::Run { unseen }) => {
+                    if unseen > 0 {
+                        // A kernel that cannot do it lets the guest's monotonic time move: no reason to end it.
+                        let _ = sys::hold_back_tsc(&self.fd, unseen);
+                    }
                     if let Some(exit) = self.run_until_parked()? {
                         return Some(exit);
                     }
@@ -116,7 +121,7 @@ impl Vcpu {
                             drop(parked);
                             return Some(None);
                         }
-                        Ok(Command::Run) | Err(TryRecvError::Empty) => {}
+                        Ok(Command::Run { .. }) | Err(TryRecvError::Empty) => {}
                         Err(TryRecvError::Disconnected) => return None,
                     }
                 }

@@ -8,6 +8,7 @@ use cubby_devices::rng::Rng;
 use cubby_devices::vsock::{GuestCid, Vsock};
 use cubby_devices::{Device, Interrupt, Memory, Transport};
 use event_manager::SubscriberOps;
+use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -29,8 +30,9 @@ pub struct Vm {
     phases: [(&'static str, Instant); 3],
     console: ConsoleLog,
     disks: Vec<Worker>,
+    paused: Mutex<Option<PausedClock>>,
     /// Closing it would take the interrupt lines away from running vCPUs.
-    _vm: VmFd,
+    vm: VmFd,
     /// Held so that the guest's memory outlives everything that knows its address.
     _memory: Memory,
 }
@@ -94,12 +96,25 @@ impl Vm {
         let vcpus = start_vcpus(&kvm, &vm, config.vcpus, loaded.entry, &bus, &exit, &mut threads)?;
         threads.wait()?;
         let phases = [("kvm", kvm_done), ("load", load_done), ("devices", Instant::now())];
-        Ok(Self { vcpus, exit, vsock, phases, console, disks: workers, _vm: vm, _memory: memory })
+        Ok(Self {
+            vcpus,
+            exit,
+            vsock,
+            phases,
+            console,
+            disks: workers,
+            paused: Mutex::default(),
+            vm,
+            _memory: memory,
+        })
     }
 
-    /// Lets every vCPU run.
+    /// Lets every vCPU run. After a pause, the guest's monotonic time goes on where it was: kvm-clock and the time
+    /// stamp counter have stood still. (Linux before 5.16 cannot hold the counter back; there a guest that uses it as
+    /// its clock sees the pause pass.) Its wall clock is the embedder's to set right.
     pub fn resume(&self) {
-        self.vcpus.iter().for_each(VcpuThread::resume);
+        let unseen = lock(&self.paused).take().map_or(0, |paused| paused.go_on(&self.vm));
+        self.vcpus.iter().for_each(|vcpu| vcpu.resume(unseen));
     }
 
     /// Takes every vCPU out of the guest and waits until they are, and until the disks have answered what they
@@ -110,6 +125,7 @@ impl Vm {
             // The answer is the channel's end.
             let _ = vcpu.recv();
         }
+        *lock(&self.paused) = Some(PausedClock::now(&self.vm));
         self.disks.iter().for_each(Worker::finish_round);
     }
 
@@ -172,6 +188,27 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// The guest's clocks as they were when its vCPUs had stopped.
+struct PausedClock {
+    kvm_clock: Option<kvm_clock_data>,
+    host_tsc: u64,
+}
+
+impl PausedClock {
+    fn now(vm: &VmFd) -> Self {
+        Self { kvm_clock: vm.get_clock().ok(), host_tsc: sys::host_tsc() }
+    }
+
+    /// Sets kvm-clock back, and gives the ticks of the time stamp counter that the vCPUs are to be held back by.
+    fn go_on(self, vm: &VmFd) -> u64 {
+        if let Some(kvm_clock) = self.kvm_clock {
+            // Without its flags: they would ask for the time of the pause to be added.
+            let _ = vm.set_clock(&kvm_clock_data { clock: kvm_clock.clock, ..Default::default() });
+        }
+        sys::host_tsc().wrapping_sub(self.host_tsc)
     }
 }
 

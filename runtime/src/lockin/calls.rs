@@ -17,8 +17,12 @@ const fn only(number: libc::c_long, only: Only) -> Call {
 /// Memory that holds no code: what was not executable at the lock-in never will be.
 const NO_CODE: Only = Only::Without(2, c::PROT_EXEC.cast_unsigned());
 
-/// `KVM_RUN`, `_IO(KVMIO, 0x80)` (linux/kvm.h): what was set up stays as it is.
-const KVM_RUN: u32 = 0xae80;
+/// What a vCPU still asks of KVM (linux/kvm.h): `KVM_RUN`, and after a pause `KVM_GET_DEVICE_ATTR` and
+/// `KVM_SET_DEVICE_ATTR` for its TSC's offset. What was set up stays as it is.
+const VCPU_IOCTLS: &[u32] = &[0xae80, 0x4018_aee2, 0x4018_aee1];
+
+/// What is asked of the VM at a pause and after it: `KVM_GET_CLOCK`, `KVM_SET_CLOCK`.
+const VM_IOCTLS: &[u32] = &[0x8030_ae7c, 0x4030_ae7b];
 
 /// Faults and `abort`, whose handlers put the default back so that the process ends with their signal.
 const FATAL_SIGNALS: &[u32] =
@@ -58,7 +62,7 @@ pub(super) const EVERY_THREAD: &[Call] = &[
 
 /// A vCPU: into the guest and out again. Interrupts are eventfds, which are written.
 pub(super) const VCPU: &[Call] = &[
-    only(c::SYS_ioctl, Only::OneOf(1, &[KVM_RUN])),
+    only(c::SYS_ioctl, Only::OneOf(1, VCPU_IOCTLS)),
     any(c::SYS_lseek), // the ring that the console's output goes into begins again
 ];
 
@@ -82,6 +86,7 @@ pub(super) const MAIN: &[Call] = &[
     any(c::SYS_epoll_wait),
     any(c::SYS_epoll_pwait), // other C libraries
     any(c::SYS_epoll_ctl),
+    only(c::SYS_ioctl, Only::OneOf(1, VM_IOCTLS)),
     // Clients. Connections come in; none goes out.
     any(c::SYS_accept4),
     only(c::SYS_getsockopt, Only::OneOf(2, &[c::SO_PEERCRED.cast_unsigned()])),

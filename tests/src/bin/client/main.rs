@@ -1,14 +1,19 @@
 //! Another program that uses sandboxes, for promises about what happens between processes. It prints what it
 //! sees, a line at a time, and ends when its standard input does.
 //!
-//! `cubby-test-client attached|detached|detaching NAME | endurance NAME WARM_UP TOTAL | create NAME IMAGE`
+//! `cubby-test-client attached|detached|detaching|hold|flood NAME | run NAME SCRIPT | list |
+//! endurance NAME WARM_UP TOTAL | create NAME IMAGE | chaos PREFIX SEED COUNT | remove-all |
+//! full-disk NAME`
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
+
+mod chaos;
+mod full_disk;
 
 use std::time::Instant;
 
 use cubby_tests::{Holdings, builder};
-use cubbyhole::{Error, Sandbox};
+use cubbyhole::{Error, ExecEvent, Sandbox};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
@@ -22,9 +27,29 @@ async fn main() {
             sandbox.clone().detach().await.unwrap();
             hold(sandbox).await;
         }
+        ["hold", name] => {
+            let sandbox = Sandbox::get(name).await.unwrap();
+            sandbox.ping().await.unwrap();
+            hold(sandbox).await;
+        }
+        ["flood", name] => flood(name).await,
+        ["run", name, script] => {
+            let output = Sandbox::get(name).await.unwrap().shell(script).await.unwrap();
+            print!("{}", output.stdout().unwrap());
+        }
+        ["list"] => {
+            for handle in Sandbox::list().await.unwrap() {
+                println!("{}: {:?}", handle.name(), handle.status());
+            }
+        }
         ["endurance", name, warm_up, total] => {
             endure(name, warm_up.parse().unwrap(), total.parse().unwrap()).await;
         }
+        ["chaos", prefix, seed, count] => {
+            chaos::run(prefix, seed.parse().unwrap(), count.parse().unwrap()).await;
+        }
+        ["full-disk", name] => full_disk::run(name).await,
+        ["remove-all"] => chaos::remove_all().await,
         ["create", name, image] => try_to_create(name, image).await,
         _ => panic!("not a call of this program: {arguments:?}"),
     }
@@ -34,6 +59,19 @@ async fn main() {
 async fn hold(sandbox: Sandbox) {
     println!("{}", sandbox.name());
     tokio::task::spawn_blocking(|| std::io::read_to_string(std::io::stdin())).await.unwrap().unwrap();
+}
+
+/// Takes output without end, as fast as it comes.
+async fn flood(name: &str) {
+    let sandbox = Sandbox::get(name).await.unwrap();
+    let mut yes = sandbox.exec_stream("yes", ["flood"]).await.unwrap();
+    let mut told = false;
+    while let Some(event) = yes.next().await {
+        if let (ExecEvent::Stdout(_), false) = (event.unwrap(), told) {
+            println!("flooded");
+            told = true;
+        }
+    }
 }
 
 /// Runs commands one after another and tells what this process, the sandbox process and the agent hold.
