@@ -81,7 +81,14 @@ async fn a_sandbox_process_has_no_descriptors_but_its_own() {
     let own = home.sandbox(&sandbox.name().parse().unwrap());
     let belongs = |link: &Path| {
         let text = link.to_str().unwrap();
-        let kinds = ["socket:[", "anon_inode:[event", "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:", "/memfd:"];
+        let kinds = [
+            "socket:[",
+            "anon_inode:[event",
+            "anon_inode:[signalfd]",
+            "anon_inode:kvm-vm",
+            "anon_inode:kvm-vcpu:",
+            "/memfd:",
+        ];
         kinds.iter().any(|kind| text.starts_with(kind))
             || link == Path::new("/dev/null")
             || link.starts_with(&own)
