@@ -16,8 +16,7 @@ pub const TOKEN: &str = "/run/cubby-token";
 pub const ADDRESS: (&str, u16) = ("10.0.2.15", 7000);
 
 /// First the root: the host's, over virtiofs, under an overlay in memory. /tmp and /run are memory, /dev/kvm is
-/// everybody's. With more than one processor, filters of system calls are interpreted: compiled ones are code that is
-/// written while the other processor runs, which QEMU's emulation does not survive (as with jump labels). Then busybox stays PID 1 and reaps; the server is its child and the machine ends with it.
+/// everybody's. Then busybox stays PID 1 and reaps; the server is its child and the machine ends with it.
 pub const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin; export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
@@ -31,7 +30,6 @@ mount -t devpts -o mode=620,ptmxmode=666 devpts dev/pts; mount -t tmpfs -o mode=
 mount -t tmpfs -o mode=755 tmpfs run; mount -t tmpfs -o mode=1777,size=80% tmpfs tmp
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 chmod 666 dev/kvm dev/fuse dev/net/tun dev/vhost-vsock dev/vhost-net
-[ "$(nproc)" = 1 ] || echo 0 > proc/sys/net/core/bpf_jit_enable
 ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip route add default via 10.0.2.2
 rm -f etc/resolv.conf; echo nameserver 10.0.2.3 > etc/resolv.conf
 mkdir run/cubby-host && mount --move /host run/cubby-host

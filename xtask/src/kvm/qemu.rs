@@ -82,8 +82,10 @@ impl Drop for Machine {
 
 fn command(mode: Mode, kernel: &Path, dir: &Path, port: u16) -> Command {
     let mut qemu = Command::new("qemu-system-x86_64");
+    // One processor: with two, each on a thread, the emulation now and then missed what one did to the other's code or
+    // page tables, and a guest or the machine itself crashed (ADR 8).
     match mode {
-        Mode::Normal => qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-smp", "2"]),
+        Mode::Normal => qemu.args(["-accel", "tcg,tb-size=512", "-smp", "1"]),
         // One instruction is one nanosecond; a processor that waits skips to its next timer.
         Mode::Icount => qemu.args([
             "-accel",
