@@ -303,7 +303,7 @@ fn the_store_is_still_written() {
         store.transition(run, Status::Creating, Event::Ready).unwrap();
         let console = "x".repeat(60 << 10);
         let report = ExitReport::now(ExitReason::GuestPanic).with_console(&console);
-        assert_eq!(store.finish(run, &report).unwrap(), Status::Crashed);
+        assert_eq!(store.record_end(run, &report).unwrap(), Status::Crashed);
         // Its log and its index go with the last who had it open.
         drop((store, lock));
     });

@@ -263,7 +263,7 @@ async fn an_idle_sandbox_drains_itself_and_a_busy_or_touched_one_does_not() {
     assert_eq!(shell(&sandbox, "sleep 3; echo done").await, "done\n");
     let begin = Instant::now();
     for _ in 0..6 {
-        // Half the time-out each; what is tried is that time passes.
+        // A quarter of the time-out each; what is tried is that time passes.
         tokio::time::sleep(Duration::from_millis(500)).await;
         within("touch", sandbox.touch()).await.unwrap();
     }
