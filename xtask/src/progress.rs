@@ -11,9 +11,24 @@ pub fn step<T>(title: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     eprintln!("==> {title}");
     let start = Instant::now();
     let result = work();
-    let how = if result.is_ok() { "done" } else { "failed" };
-    eprintln!("    {title}: {how} in {}", show(start.elapsed()));
+    eprintln!("{}", end(title, &result, start));
     result
+}
+
+/// Runs one step beside others: header, what `work` gives to be shown, and time come in one piece at its end.
+pub fn step_apart(title: &str, work: impl FnOnce(&mut Vec<u8>) -> Result<()>) -> Result<()> {
+    let (start, mut text) = (Instant::now(), Vec::new());
+    let result = work(&mut text);
+    let mut stderr = std::io::stderr().lock();
+    writeln!(stderr, "==> {title}")?;
+    stderr.write_all(&text)?;
+    writeln!(stderr, "{}", end(title, &result, start))?;
+    result
+}
+
+fn end<T>(title: &str, result: &Result<T>, start: Instant) -> String {
+    let how = if result.is_ok() { "done" } else { "failed" };
+    format!("    {title}: {how} in {}", show(start.elapsed()))
 }
 
 /// Says one thing.

@@ -5,13 +5,14 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::images::PythonImage;
 use crate::within::Around;
 use crate::{assets, kvm};
 
-/// Set to `icount`, it sends everything to the machine on the instruction clock.
+/// Set to `icount`, it sends everything to the machine on the instruction clock; set to `alone`, each binary has a machine
+/// of its own.
 pub const MODE: &str = "CUBBY_KVM_MODE";
 
 /// Runs a binary that cargo has built for the package `CARGO_PKG_NAME`, and returns its exit status.
@@ -20,23 +21,28 @@ pub fn run(program: &[OsString]) -> Result<u8> {
     let assets = assets::build(assets::Cargo::IsQuiet)?;
     // The VMM knows no images.
     let image = if package == "cubby-vmm" { None } else { Some(PythonImage::ensure()?) };
+    let options = machine()?;
     let around = Around {
         assets: &assets,
         image: image.as_ref().map(PythonImage::dir),
         registry: package == "cubby-tests",
-        in_memory: package == "cubby-benches" || mode() == kvm::Mode::Icount,
+        in_memory: package == "cubby-benches" || options.mode == kvm::Mode::Icount,
     };
     let binary = program.first().context("no program was given")?;
     // Cargo's own are in the target directory; rustdoc's are in a temporary one.
     let directory = Path::new(binary).parent().filter(|dir| dir.is_absolute()).map(Path::to_owned);
-    let options = kvm::Options { writable: directory.into_iter().collect(), ..kvm::Options::new(mode()) };
-    kvm::run(&options, &around.command(program)?)
+    let writable = directory.into_iter().collect();
+    kvm::run(&kvm::Options { writable, ..options }, &around.command(program)?)
 }
 
-fn mode() -> kvm::Mode {
-    if std::env::var_os(MODE).is_some_and(|mode| mode == "icount") {
-        kvm::Mode::Icount
-    } else {
-        kvm::Mode::Normal
+/// The machine that [`MODE`] asks for.
+fn machine() -> Result<kvm::Options> {
+    let normal = kvm::Options::new(kvm::Mode::Normal);
+    match std::env::var(MODE).as_deref() {
+        Err(_) | Ok("") => Ok(normal),
+        Ok("icount") => Ok(kvm::Options::new(kvm::Mode::Icount)),
+        // Where KVM works there is no machine, and nothing to be alone on.
+        Ok("alone") => Ok(kvm::Options { fresh: !kvm::works(), ..normal }),
+        Ok(other) => bail!("{MODE} is {other:?}: it can be `icount`, `alone`, or not set"),
     }
 }

@@ -9,7 +9,8 @@ use cubbyhole::{Error, ExecEvent, ExecHandle, ExitReason, ExitStatus, Sandbox, S
 
 /// A command that writes what becomes of it: on TERM to `/root/term`, and it goes on. The file is synced, for what
 /// comes after it may be a kill.
-const DEAF: &str = "trap 'echo asked > /root/term; sync' TERM; echo ready; while :; do sleep 0.01; done";
+const DEAF: &str =
+    "trap 'echo asked > /root/term; sync' TERM; echo ready; while :; do sleep 86409 & wait; done";
 
 async fn reason(sandbox: &Sandbox) -> ExitReason {
     within("the end", sandbox.wait()).await.unwrap().reason
@@ -38,7 +39,8 @@ async fn stopping_gracefully_terminates_guest_processes_and_what_was_written_is_
     shell(&sandbox, "mkdir -m 751 /srv/own && echo kept > /srv/own/note && ln -s note /srv/own/link").await;
     shell(&sandbox, "chown games:www-data /srv/own/note; rm /etc/motd; echo changed > /etc/issue").await;
     // Terminated, it has its own last words.
-    let polite = "trap 'echo goodbye > /root/goodbye; exit 5' TERM; echo ready; while :; do sleep 0.01; done";
+    let polite =
+        "trap 'echo goodbye > /root/goodbye; exit 5' TERM; echo ready; while :; do sleep 86409 & wait; done";
     let mut polite = started(&sandbox, polite).await;
     // The last thing before the stop, and nobody syncs it.
     python(&sandbox, "open('/root/late', 'wb').write(bytes(range(256)) * 32768)").await;
