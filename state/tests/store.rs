@@ -317,6 +317,22 @@ fn a_disk_without_a_row_is_not_given_to_the_next_of_that_name() {
 }
 
 #[test]
+fn what_a_create_that_was_killed_has_left_is_swept_and_a_disk_is_not() {
+    let (_dir, home) = home();
+    let store = Store::open(&home).unwrap();
+    let made = store.create(&name("made"), &config()).unwrap();
+    // Killed between its directory and its row.
+    home.create_sandbox(&name("unmade")).unwrap();
+    // Of a database that was lost.
+    home.create_sandbox(&name("lost")).unwrap();
+    fs::write(home.disk(&name("lost")), "somebody's").unwrap();
+    store.sweep().unwrap();
+    assert!(home.sandbox(&made.name).exists());
+    assert!(!home.sandbox(&name("unmade")).exists());
+    assert_eq!(fs::read(home.disk(&name("lost"))).unwrap(), b"somebody's");
+}
+
+#[test]
 fn a_process_that_will_not_go_keeps_its_files() {
     let (_dir, home) = home();
     let store = Store::open(&home).unwrap();

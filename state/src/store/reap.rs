@@ -93,7 +93,8 @@ impl Store {
         })
     }
 
-    /// Deletes what interrupted removals have left behind.
+    /// Deletes what interrupted removals and creates have left behind. A directory that has no row and holds something
+    /// is left alone: the row may be lost, and what it holds belongs to somebody.
     ///
     /// # Errors
     /// [`StoreError::Io`] if something cannot be deleted.
@@ -109,12 +110,32 @@ impl Store {
                     Ok(id) => !self.read(|connection| sql::exists(connection, id))?,
                     Err(_) => false,
                 },
-                (None, None) => false,
+                (None, None) => {
+                    if let Ok(name) = name.parse() {
+                        self.sweep_unmade(&name)?;
+                    }
+                    false
+                }
             };
             if ours {
                 self.delete(&sandboxes.join(name))?;
             }
         }
         Ok(())
+    }
+
+    /// Removes the empty directory of a sandbox whose create was killed before its row counted.
+    fn sweep_unmade(&self, name: &SandboxName) -> Result<(), StoreError> {
+        if self.read(|connection| sql::is_taken(connection, name))? {
+            return Ok(());
+        }
+        // Under the write lock no create is between its directory and its row.
+        self.write(|tx| {
+            if !sql::is_taken(tx, name)? {
+                // What is not empty stays.
+                let _ = fs::remove_dir(self.home().sandbox(name));
+            }
+            Ok(())
+        })
     }
 }

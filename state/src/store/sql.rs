@@ -203,6 +203,11 @@ pub(super) fn exists(connection: &Connection, id: i64) -> Result<bool, StoreErro
     Ok(connection.prepare_cached("SELECT 1 FROM sandboxes WHERE id = ?1")?.exists([id])?)
 }
 
+/// Whether a sandbox has this name.
+pub(super) fn is_taken(connection: &Connection, name: &SandboxName) -> Result<bool, StoreError> {
+    Ok(connection.prepare_cached("SELECT 1 FROM sandboxes WHERE name = ?1")?.exists([name.as_str()])?)
+}
+
 /// How a run ended, if it has: also one whose ephemeral sandbox is gone.
 pub(super) fn exit(connection: &Connection, run: RunId) -> Result<Option<String>, StoreError> {
     let sql = "SELECT exit FROM runs WHERE id = ?1 AND exit IS NOT NULL
