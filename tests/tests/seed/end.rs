@@ -7,10 +7,9 @@ use cubby_tests::{
 };
 use cubbyhole::{Error, ExecEvent, ExecHandle, ExitReason, ExitStatus, Sandbox, Status};
 
-/// A command that writes what becomes of it: on TERM to `/root/term`, and it goes on. The file is synced, for what
-/// comes after it may be a kill.
-const DEAF: &str =
-    "trap 'echo asked > /root/term; sync' TERM; echo ready; while :; do sleep 86409 & wait; done";
+/// A command that writes what becomes of it: on TERM to `/root/term`, and it goes on. It leaves the file to be synced by
+/// what ends it: a power that is cut loses it.
+const DEAF: &str = "trap 'echo asked > /root/term' TERM; echo ready; while :; do sleep 86409 & wait; done";
 
 async fn reason(sandbox: &Sandbox) -> ExitReason {
     within("the end", sandbox.wait()).await.unwrap().reason
@@ -105,11 +104,18 @@ async fn a_restarted_sandbox_has_all_its_configuration() {
     discard(again).await;
 }
 
-/// What a stop with two seconds makes of a guest in which `script` runs: how it ended, and what it kept.
+/// What a stop with two seconds makes of a guest in which `script` runs: how it ended, and what it kept: `/root/note`,
+/// which was synced before, and `/root/term`, which only a stop that the guest has come to the end of can have saved.
 async fn stopped_in_two_seconds(test: &str, script: &str) -> (ExitReason, String) {
+    stopped_once(test, script, async |_| ()).await
+}
+
+/// The same for a guest that is only ready to be stopped when `ready` says so.
+async fn stopped_once(test: &str, script: &str, ready: impl AsyncFn(&Sandbox)) -> (ExitReason, String) {
     let sandbox = sandbox(test).await;
     shell(&sandbox, "echo kept > /root/note; sync").await;
     let busy = started(&sandbox, script).await;
+    ready(&sandbox).await;
     let before = process(sandbox.name());
     let begin = Instant::now();
     within("stop", sandbox.stop_with_timeout(Duration::from_secs(2))).await.unwrap();
@@ -133,11 +139,11 @@ async fn a_stop_kills_what_ignores_being_asked() {
 
 #[tokio::test]
 async fn a_stop_ends_a_guest_that_enters_its_kernel_without_end() {
-    let program = "import os, signal, threading\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n\
+    let program = "import os, signal, threading\nopen('/root/term', 'w').write('late\\n')\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n\
                    def enter():\n    while True: os.close(os.open('/dev/null', os.O_RDONLY))\n\
                    [threading.Thread(target=enter).start() for _ in range(4)]\nprint(flush=True)";
     let (reason, kept) = stopped_in_two_seconds("entering", &format!("exec python3 -c \"{program}\"")).await;
-    assert_eq!((reason, kept.as_str()), (ExitReason::Requested, "kept\n"));
+    assert_eq!((reason, kept.as_str()), (ExitReason::Requested, "kept\nlate\n"));
 }
 
 /// PID 1 takes no SIGSTOP from its own guest, but the freezer of its cgroup asks nobody.
@@ -146,7 +152,12 @@ const FROZEN_AGENT: &str = "cd /sys/fs/cgroup && mkdir ice && echo 1 > ice/cgrou
 
 #[tokio::test]
 async fn a_stop_ends_a_guest_whose_agent_does_not_answer() {
-    let (reason, kept) = stopped_in_two_seconds("silent", FROZEN_AGENT).await;
+    // What it says last is said before it is frozen.
+    let silent = async |sandbox: &Sandbox| {
+        let answer = async || tokio::time::timeout(Duration::from_secs(1), sandbox.ping()).await;
+        until("silence", async || answer().await.is_err()).await;
+    };
+    let (reason, kept) = stopped_once("silent", FROZEN_AGENT, silent).await;
     assert_eq!((reason, kept.as_str()), (ExitReason::Requested, "kept\n"));
 }
 

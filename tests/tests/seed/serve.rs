@@ -99,8 +99,10 @@ async fn what_a_client_leaves_behind_ends_with_it() {
     let sandbox = sandbox("deserted").await;
     let mut client = Client::start(&[CLIENT, "flood", sandbox.name()]);
     assert_eq!(client.line().await, "flooded");
-    assert_eq!(shell(&sandbox, "pidof yes | wc -w").await, "1\n");
+    // One that would die of its closed output, and one that would not.
+    assert_eq!(shell(&sandbox, "pidof yes sleep | wc -w").await, "2\n");
     client.kill().await;
-    until("the end of the command", async || shell(&sandbox, "pidof yes | wc -w").await == "0\n").await;
+    until("the end of the commands", async || shell(&sandbox, "pidof yes sleep | wc -w").await == "0\n")
+        .await;
     discard(sandbox).await;
 }

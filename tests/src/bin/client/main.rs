@@ -61,9 +61,11 @@ async fn hold(sandbox: Sandbox) {
     tokio::task::spawn_blocking(|| std::io::read_to_string(std::io::stdin())).await.unwrap().unwrap();
 }
 
-/// Takes output without end, as fast as it comes.
+/// Takes output without end, as fast as it comes, and has a silent command beside it.
 async fn flood(name: &str) {
     let sandbox = Sandbox::get(name).await.unwrap();
+    let mut sleep = sandbox.exec_stream("sleep", ["86412"]).await.unwrap();
+    sleep.next().await.unwrap().unwrap();
     let mut yes = sandbox.exec_stream("yes", ["flood"]).await.unwrap();
     let mut told = false;
     while let Some(event) = yes.next().await {
