@@ -73,6 +73,29 @@ async fn a_killed_sandbox_process_is_on_record_at_once_with_its_signal_and_conso
     }
 }
 
+/// More than the ring holds in which a console outlives its process.
+#[tokio::test]
+async fn a_console_keeps_its_newest_and_a_sandbox_outlives_writing_more_than_that() {
+    const LINES: usize = 6000;
+    let sandbox = sandbox("talkative").await;
+    let (process, keeper) = (process(sandbox.name()), keeper(sandbox.name()));
+    let line = |number: usize| format!("line {number:08}");
+    let script = format!("seq -f 'line %08.0f' 1 {LINES} > /dev/console; echo well");
+    // Each byte is an exit of the virtual machine, and the first one after 64 KiB a call that no byte before has made.
+    assert_eq!(shell(&sandbox, &script).await, "well\n");
+    assert_eq!(shell(&sandbox, "echo still well").await, "still well\n");
+    kill(process.pid);
+    let tail = recorded_at_once(sandbox.name(), &process).await.console_tail.unwrap();
+    assert!(tail.len() <= ExitReport::MAX_CONSOLE_TAIL && tail.len() > ExitReport::MAX_CONSOLE_TAIL * 9 / 10);
+    let lines: Vec<&str> = tail.lines().map(str::trim_end).collect();
+    let first = LINES + 1 - (lines.len() - 1);
+    assert!(first > 1 && line(first - 1).ends_with(lines[0]), "it begins with {:?}", lines[0]);
+    for (number, kept) in (first..).zip(&lines[1..]) {
+        assert_eq!(*kept, line(number));
+    }
+    recovered(sandbox, &process, &keeper).await;
+}
+
 #[tokio::test]
 async fn a_killed_sandbox_process_without_its_application_is_on_record_at_once() {
     let name = name("abandoned");
