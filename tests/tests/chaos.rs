@@ -1,5 +1,5 @@
-//! Anything at any time: eight clients create sandboxes and do with them what chance says, while clients and sandbox
-//! processes are killed. At the end the store tells the truth, and after removing nothing is left.
+//! Anything at any time: eight clients create sandboxes and do with them what chance says, while clients, sandbox
+//! processes and keepers are killed. At the end the store tells the truth, and after removing nothing is left.
 //!
 //! `CUBBY_CHAOS` is the number of sandboxes (200 for the whole promise, 40 unless told otherwise) and
 //! `CUBBY_CHAOS_SEED` what chance begins with.
@@ -42,6 +42,14 @@ async fn home(directory: &Path) -> Home {
 fn client(home: &Home, arguments: &[&str]) -> Client {
     let variable = format!("CUBBY_HOME={}", home.root().display());
     Client::start(&[&["env", &variable, CLIENT], arguments].concat())
+}
+
+/// The keeper of a sandbox process, if it has not been killed before.
+fn keeper_of(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()?;
+    let name = std::fs::read_to_string(format!("/proc/{parent}/comm")).ok()?;
+    (name.trim() == "cubby-keeper").then_some(parent)
 }
 
 /// The pids of all that hold a file of this home open, or a socket in it.
@@ -153,6 +161,11 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
                     let process =
                         store.get(&random.one_of(&live).name).ok().and_then(|record| record.run.process);
                     if let Some(process) = process.filter(|process| process.is_running()) {
+                        // With its keeper, its end is only ever found by who looks.
+                        if let Some(keeper) = keeper_of(process.pid).filter(|_| random.below(2) == 0) {
+                            *killed.entry("keepers").or_insert(0) += 1;
+                            kill(keeper);
+                        }
                         *killed.entry("sandbox processes").or_insert(0) += 1;
                         kill(process.pid);
                     }
