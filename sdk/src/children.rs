@@ -26,15 +26,15 @@ struct Watcher {
     wake: UnixStream,
 }
 
-/// Holds `socket` open until its other end is closed, and waits for `child`, so that no zombie stays.
+/// Holds `socket`, if there is one, open until its other end is closed, and waits for `child`, so that no zombie stays.
 ///
 /// # Errors
 /// What the system says when it has no descriptor or thread left.
-pub(crate) fn watch(child: Child, socket: UnixStream) -> io::Result<()> {
+pub(crate) fn watch(child: Child, socket: Option<UnixStream>) -> io::Result<()> {
     let watcher = watcher()?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     let ended = pidfd_open(pid, PidfdFlags::empty())?;
-    let watched = Watched { child: Some((child, ended)), socket: Some(socket) };
+    let watched = Watched { child: Some((child, ended)), socket };
     watcher.arrived.lock().unwrap_or_else(PoisonError::into_inner).push(watched);
     // A full socket means that the thread is about to look anyway.
     let _ = io::Write::write(&mut &watcher.wake, &[0]);
@@ -115,7 +115,7 @@ mod tests {
             .unwrap();
         let pid = child.id();
         child.kill().unwrap();
-        watch(child, ours).unwrap();
+        watch(child, Some(ours)).unwrap();
         reaped(pid);
         (&theirs).write_all(b"still there").unwrap();
         theirs.shutdown(std::net::Shutdown::Both).unwrap();
@@ -127,7 +127,7 @@ mod tests {
         let child = Command::new("cat").stdin(Stdio::from(OwnedFd::from(theirs))).spawn().unwrap();
         let pid = child.id();
         let mut other_end = ours.try_clone().unwrap();
-        watch(child, ours).unwrap();
+        watch(child, Some(ours)).unwrap();
         // `cat` ends at the end of its input.
         other_end.shutdown(std::net::Shutdown::Write).unwrap();
         assert_eq!(other_end.read(&mut [0; 1]).unwrap(), 0);

@@ -6,18 +6,29 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cubby_state::launch::{MAX_LINE, from_line, to_line};
-use cubby_state::{ExitReason, LaunchReport, LaunchSpec};
+use cubby_state::{ExitReason, LaunchReport, LaunchSpec, RunLock, liveness};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::time::{sleep, timeout};
 
 use crate::children;
 use crate::error::{Error, R};
 
 /// The sandbox process's binary.
 const BINARY: &str = "cubby-sandbox";
+
+/// How long a sandbox process may be silent after its boot's own time-out, and after its wait for the lock.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether somebody is there who could answer: more rarely than most boots take.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long an answer may be on its way when nobody is left who could give one.
+const LAST_ANSWER: Duration = Duration::from_millis(100);
 
 /// Finds the sandbox process's binary: the builder's, `CUBBY_RUNTIME`, beside this program, `PATH`.
 pub(crate) fn find_runtime(own: Option<&Path>) -> R<PathBuf> {
@@ -67,8 +78,20 @@ pub(crate) async fn launch(runtime: &Path, spec: &LaunchSpec) -> R<Vec<BootPhase
         .process_group(0)
         .spawn()
         .map_err(|error| failed(format!("{}: {error}", runtime.display())))?;
-    let reported = exchange(&ours, &line).await;
-    let held = ours.set_nonblocking(false).and_then(|()| children::watch(child, ours));
+    let mut started = Started(Some(child));
+    let bound = Duration::from_millis(spec.boot_timeout_ms) + RunLock::PATIENCE + SILENCE;
+    let reported = answer(&ours, &line, started.pid(), &spec.lock, bound).await;
+    if reported.is_err()
+        && let Some(group) = started.pid()
+    {
+        // It is its own group's leader and nobody has waited for it: the group is no other. What is of no use to
+        // this application must not be left to it, and to nobody else.
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+    let held = ours.set_nonblocking(false).and_then(|()| match started.0.take() {
+        Some(child) => children::watch(child, Some(ours)),
+        None => Ok(()),
+    });
     held.map_err(|error| failed(format!("watching it: {error}")))?;
     match reported {
         Ok(LaunchReport::Ready { boot }) => Ok(phases(&boot, begin.elapsed())),
@@ -77,7 +100,62 @@ pub(crate) async fn launch(runtime: &Path, spec: &LaunchSpec) -> R<Vec<BootPhase
         }
         Err(error) => {
             let wrote = last_of(&log_copy);
-            Err(failed(format!("it ended before it reported ({error}); it wrote: {}", wrote.trim_end())))
+            Err(failed(format!("it did not report ({error}); it wrote: {}", wrote.trim_end())))
+        }
+    }
+}
+
+/// A process that was started and is nobody's yet. If its launch is called off, somebody still waits for it; the socket
+/// that closes with the launch ends it.
+struct Started(Option<Child>);
+
+impl Started {
+    fn pid(&self) -> Option<Pid> {
+        self.0.as_ref().and_then(|child| i32::try_from(child.id()).ok()).and_then(Pid::from_raw)
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(child) = self.0.take() {
+            // Without a descriptor or thread left, a zombie stays until this program ends.
+            let _ = children::watch(child, None);
+        }
+    }
+}
+
+/// What the process answers to the specification in `line`, or why it will not.
+///
+/// The end of `socket` says that nobody answers any more, but it may not come: whatever the process has started can hold
+/// the other end as well. So its own end counts, and if it does not end either, `bound`.
+async fn answer(
+    socket: &UnixStream,
+    line: &[u8],
+    process: Option<Pid>,
+    lock: &Path,
+    bound: Duration,
+) -> std::io::Result<LaunchReport> {
+    let mut exchange = std::pin::pin!(timeout(bound, exchange(socket, line)));
+    let answered = tokio::select! {
+        answered = &mut exchange => answered,
+        () = abandoned(process, lock) => match timeout(LAST_ANSWER, &mut exchange).await {
+            Ok(answered) => answered,
+            Err(_) => return Err(std::io::Error::other("it is gone, and what it has started is not")),
+        },
+    };
+    answered.unwrap_or_else(|_| Err(std::io::Error::other(format!("nothing came for {} s", bound.as_secs()))))
+}
+
+/// Waits until neither what was started is there nor a sandbox process, which goes on if its keeper alone is killed.
+async fn abandoned(process: Option<Pid>, lock: &Path) {
+    let Some(process) = process else { return std::future::pending().await };
+    // It is not waited for: its number stays its own.
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    loop {
+        sleep(LOOK).await;
+        let ended = !matches!(waitid(WaitId::Pid(process), look), Ok(None));
+        if ended && liveness::is_held(lock).is_ok_and(|held| !held) {
+            return;
         }
     }
 }
@@ -108,7 +186,7 @@ async fn exchange(socket: &UnixStream, line: &[u8]) -> std::io::Result<LaunchRep
     if matches!(report, LaunchReport::Failed { .. }) {
         // It still writes how it ended, in better words than ours, and closes the socket by ending.
         let ended = socket.read_to_end(&mut line);
-        let _ = tokio::time::timeout(Duration::from_secs(5), ended).await;
+        let _ = timeout(Duration::from_secs(5), ended).await;
     }
     Ok(report)
 }
@@ -144,5 +222,49 @@ fn boot_failed(
             Error::BootFailed { name: spec.name.to_string(), stage, message, console_tail }
         }
         reason => Error::Process { name: spec.name.to_string(), why: format!("{message} ({reason:?})") },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Answers of a shell script that gets the socket as its standard input, and how long that took.
+    async fn answer_of(script: &str, bound: Duration) -> (std::io::Result<LaunchReport>, Duration) {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut command = Command::new("sh");
+        let child =
+            command.args(["-c", script]).stdin(OwnedFd::from(theirs)).process_group(0).spawn().unwrap();
+        drop(command);
+        let started = Started(Some(child));
+        let begin = Instant::now();
+        let answered = answer(&ours, b"{}\n", started.pid(), &dir.path().join("lock"), bound).await;
+        let took = begin.elapsed();
+        let _ = kill_process_group(started.pid().unwrap(), Signal::KILL);
+        (answered, took)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+    const READY: &str = r#"read line; echo '{"result":"ready","boot":[]}' >&0;"#;
+
+    #[tokio::test]
+    async fn a_process_that_ends_while_others_hold_its_socket_is_not_waited_for() {
+        let (answered, took) = answer_of("exec 3<&0; sleep 100 <&3 & exit 3", LONG).await;
+        assert!(answered.unwrap_err().to_string().contains("is gone"));
+        assert!(took < LONG / 2, "it took {took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_says_nothing_has_its_time() {
+        let (answered, took) = answer_of("sleep 100", Duration::from_millis(300)).await;
+        assert!(answered.unwrap_err().to_string().contains("nothing came"));
+        assert!(took < LONG / 2, "it took {took:?}");
+    }
+
+    #[tokio::test]
+    async fn what_a_process_says_last_is_heard_although_others_hold_its_socket() {
+        let (answered, _) = answer_of(&format!("exec 3<&0; sleep 100 <&3 & {READY} exit 3"), LONG).await;
+        assert_eq!(answered.unwrap(), LaunchReport::Ready { boot: Vec::new() });
     }
 }

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use cubby_tests::{builder, name, small_image, variable, within};
+use cubby_state::ProcessIdentity;
+use cubby_tests::{builder, gone, kill, name, small_image, until, variable, within};
 use cubbyhole::{Error, ExitReason, Sandbox, Status};
 use serde_json::json;
 
@@ -14,14 +15,20 @@ async fn crashed(name: &str) -> ExitReason {
     sandbox.last_exit().await.unwrap().unwrap().reason
 }
 
-/// A sandbox process that runs a copy of the real one with other variables.
-fn runtime(dir: &Path, variables: &str) -> PathBuf {
-    let (copy, script) = (dir.join("bin/cubby-sandbox"), dir.join("cubby-sandbox"));
-    fs::create_dir_all(dir.join("bin")).unwrap();
-    fs::copy(variable("CUBBY_RUNTIME"), &copy).unwrap();
-    fs::write(&script, format!("#!/bin/sh\n{variables} exec {}\n", copy.display())).unwrap();
+/// A shell script in the place of the sandbox process.
+fn program(dir: &Path, text: &str) -> PathBuf {
+    let script = dir.join("cubby-sandbox");
+    fs::write(&script, format!("#!/bin/sh\n{text}\n")).unwrap();
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
     script
+}
+
+/// A sandbox process that runs a copy of the real one with other variables.
+fn runtime(dir: &Path, variables: &str) -> PathBuf {
+    let copy = dir.join("bin/cubby-sandbox");
+    fs::create_dir_all(dir.join("bin")).unwrap();
+    fs::copy(variable("CUBBY_RUNTIME"), &copy).unwrap();
+    program(dir, &format!("{variables} exec {}", copy.display()))
 }
 
 #[tokio::test]
@@ -114,15 +121,52 @@ async fn a_sandbox_process_that_is_not_there_is_looked_for_aloud() {
 #[tokio::test]
 async fn a_sandbox_process_that_dies_at_once_is_quoted() {
     let dir = tempfile::tempdir().unwrap();
-    let script = dir.path().join("cubby-sandbox");
-    fs::write(&script, "#!/bin/sh\necho the reason of its death >&2\nexit 3\n").unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let script = program(dir.path(), "echo the reason of its death >&2; exit 3");
     let name = name("stillborn");
     let created = within("create", builder(&name).runtime(&script).create()).await;
     let Err(Error::Process { why, .. }) = created else { panic!("{created:?}") };
     assert!(why.contains("the reason of its death"), "{why}");
     assert!(matches!(crashed(&name).await, ExitReason::BootFailed { .. }));
     Sandbox::remove(&name).await.unwrap();
+}
+
+/// What the sandbox process has started can hold what a launch is answered on, and needs not end with it.
+#[tokio::test]
+async fn a_sandbox_process_that_dies_and_leaves_others_behind_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let left = dir.path().join("left");
+    let script = format!(
+        "exec 3<&0\nsetsid sh -c 'echo $$ > {0}.new; mv {0}.new {0}; exec sleep 86414' <&3 &\n\
+         while ! test -e {0}; do sleep 0.01; done; exit 3",
+        left.display()
+    );
+    let runtime = program(dir.path(), &script);
+    let name = name("surrogate");
+    let created = within("create", builder(&name).runtime(&runtime).create()).await;
+    let Err(Error::Process { why, .. }) = created else { panic!("{created:?}") };
+    assert!(why.contains("it is gone"), "{why}");
+    assert!(matches!(crashed(&name).await, ExitReason::BootFailed { .. }));
+    Sandbox::remove(&name).await.unwrap();
+    // The other end is still held.
+    kill(fs::read_to_string(left).unwrap().trim().parse().unwrap());
+}
+
+#[tokio::test]
+async fn a_create_that_is_called_off_leaves_no_zombie() {
+    let dir = tempfile::tempdir().unwrap();
+    let pid = dir.path().join("pid");
+    let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 86415", pid.display());
+    let runtime = program(dir.path(), &script);
+    let name = name("called-off");
+    let create = tokio::spawn(builder(&name).runtime(&runtime).create());
+    until("its process", async || pid.exists()).await;
+    create.abort();
+    assert!(create.await.unwrap_err().is_cancelled());
+    let pid = fs::read_to_string(pid).unwrap().trim().parse().unwrap();
+    let process = ProcessIdentity::of(pid).unwrap();
+    // It is deaf to the end of its input, which is what would end a sandbox process.
+    kill(pid);
+    gone(&process).await;
 }
 
 #[tokio::test]
