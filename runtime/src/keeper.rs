@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cubby_state::{Death, LaunchSpec, ReaperLease, RunLock, Store, StoreError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,6 +18,7 @@ use vmm_sys_util::signal::block_signal;
 
 use crate::last_words::LastWords;
 use crate::signals::Signals;
+use crate::will::Will;
 
 /// What else may come to the whole process group. Only SIGKILL ends a keeper before its child.
 const NOT_OURS: [Signal; 3] = [Signal::QUIT, Signal::PIPE, Signal::ALARM];
@@ -29,6 +30,7 @@ pub(crate) fn keep(
     spec: &LaunchSpec,
     lock: RunLock,
     console: &LastWords,
+    will: &Will,
     signals: &Signals,
 ) -> ExitCode {
     for signal in NOT_OURS {
@@ -52,7 +54,7 @@ pub(crate) fn keep(
     };
     let recorded = match death {
         None if !spec.config.ephemeral => Ok(()),
-        death => in_store(spec, |store| clear_up(store, spec, death, console)),
+        death => patiently(|| in_store(spec, |store| clear_up(store, spec, death, console, will))),
     };
     // Who finds the process gone finds its end recorded; and from here on the sandbox may begin again.
     wait(child, WaitIdOptions::EXITED);
@@ -62,7 +64,7 @@ pub(crate) fn keep(
         Ok(()) => ExitCode::FAILURE,
         Err(error) => {
             // The next reader finds the sandbox without a process.
-            eprintln!("cubby-sandbox: its end is not on record: {}", crate::chain(&error));
+            crate::say(format_args!("its end is not on record: {}", crate::chain(&error)));
             ExitCode::FAILURE
         }
     }
@@ -113,6 +115,27 @@ fn wait(child: Pid, options: WaitIdOptions) -> Option<WaitIdStatus> {
     }
 }
 
+/// How long a keeper tries to record an end, and how often. Until then the sandbox has its last status, and cannot be
+/// started or removed: nobody could be told in which state it was left.
+const RECORD: (Duration, Duration) = (Duration::from_secs(3600), Duration::from_millis(500));
+
+/// Calls `record` until the store can be written again: a disk that was full has room.
+fn patiently(mut record: impl FnMut() -> Result<(), StoreError>) -> Result<(), StoreError> {
+    let begin = Instant::now();
+    let mut told = false;
+    loop {
+        match record() {
+            Err(error) if error.may_pass() && begin.elapsed() < RECORD.0 => {
+                if !std::mem::replace(&mut told, true) {
+                    crate::say(format_args!("its end waits to be recorded: {}", crate::chain(&error)));
+                }
+                std::thread::sleep(RECORD.1);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Does something in the store, if it is still there: opening it would bring it back.
 fn in_store(spec: &LaunchSpec, f: impl FnOnce(&Store) -> Result<(), StoreError>) -> Result<(), StoreError> {
     if spec.home.database().exists() { f(&Store::open(&spec.home)?) } else { Ok(()) }
@@ -124,9 +147,14 @@ fn clear_up(
     spec: &LaunchSpec,
     death: Option<Death>,
     console: &LastWords,
+    will: &Will,
 ) -> Result<(), StoreError> {
     if let Some(death) = death {
-        match store.bury(spec.run, death, &console.read().unwrap_or_default()) {
+        let ended = match will.read() {
+            Some(report) => store.finish(spec.run, &report),
+            None => store.bury(spec.run, death, &console.read().unwrap_or_default()),
+        };
+        match ended {
             // It had recorded its end and then failed at something else, or was given up.
             Ok(_) | Err(StoreError::RunOver { .. }) => {}
             Err(error) => return Err(error),

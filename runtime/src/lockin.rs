@@ -47,7 +47,7 @@ impl LockIn {
     /// threads that it starts.
     pub(crate) fn prepare(home: &Home) -> io::Result<Arc<Self>> {
         // The usual report of a panic would look at files and memory maps for a backtrace.
-        std::panic::set_hook(Box::new(|panic| eprintln!("cubby-sandbox: {panic}")));
+        std::panic::set_hook(Box::new(|panic| crate::say(panic)));
         privileges::gain_none()?;
         let pid = rustix::process::getpid();
         Ok(Arc::new(Self {
@@ -78,9 +78,7 @@ impl LockIn {
     pub(crate) fn finish(self: Arc<Self>, limits: &Limits) -> io::Result<()> {
         limits::set(limits)?;
         if !self.confine(&self.main)? {
-            eprintln!(
-                "cubby-sandbox: this host's kernel has no Landlock: files are not kept from this process"
-            );
+            crate::say("this host's kernel has no Landlock: files are not kept from this process");
         }
         Ok(())
     }

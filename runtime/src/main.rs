@@ -5,6 +5,8 @@
 //! Before it does any of that it forks: what the application started stays behind as the small [`keeper`] of the
 //! process that does.
 #![deny(unsafe_code)]
+// It panics when the log's disk is full; `say` does not.
+#![deny(clippy::print_stderr)]
 
 mod assets;
 mod client;
@@ -20,7 +22,10 @@ mod relay;
 mod signals;
 mod supervisor;
 mod sys;
+mod will;
 
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -34,11 +39,12 @@ use relay::Relay;
 use signals::Signals;
 use supervisor::Parts;
 use sys::Forked;
+use will::Will;
 
 fn main() -> ExitCode {
     let began = Instant::now();
     if let Err(error) = sys::close_inherited() {
-        eprintln!("cubby-sandbox: closing the descriptors of others: {error}");
+        say(format_args!("closing the descriptors of others: {error}"));
         return ExitCode::FAILURE;
     }
     if std::env::args_os().nth(1).is_some() {
@@ -48,7 +54,7 @@ fn main() -> ExitCode {
     let (mut launch, spec) = match Launch::receive() {
         Ok(received) => received,
         Err(error) => {
-            eprintln!("cubby-sandbox: {error}");
+            say(error);
             return ExitCode::FAILURE;
         }
     };
@@ -56,25 +62,25 @@ fn main() -> ExitCode {
     let taken = RunLock::acquire(&spec.lock, RunLock::PATIENCE)
         .map_err(|error| Failure::at("store", chain(&error)))
         .and_then(|lock| {
-            let parts = || Ok((LastWords::new()?, Signals::take()?, sys::fork()?));
-            let (console, signals, forked) =
+            let parts = || Ok((LastWords::new()?, Will::new()?, Signals::take()?, sys::fork()?));
+            let (console, will, signals, forked) =
                 parts().map_err(|error: std::io::Error| Failure::at("keeper", error))?;
-            Ok((lock, console, signals, forked))
+            Ok((lock, console, will, signals, forked))
         });
     let outcome = match taken {
-        Ok((lock, console, signals, Forked::Parent(child))) => {
-            return keeper::keep(child, &spec, lock, &console, &signals);
+        Ok((lock, console, will, signals, Forked::Parent(child))) => {
+            return keeper::keep(child, &spec, lock, &console, &will, &signals);
         }
         // Its keeper lets go of the lock after it.
-        Ok((lock, console, signals, Forked::Child)) => {
-            be_the_sandbox(&mut launch, &spec, &lock, &console, signals, began)
+        Ok((lock, console, will, signals, Forked::Child)) => {
+            be_the_sandbox(&mut launch, &spec, &lock, &console, &will, signals, began)
         }
         Err(failure) => Err(failure),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { reason, message, remedy }) => {
-            eprintln!("cubby-sandbox: {message}");
+            say(&message);
             launch.fail(reason, message, remedy, None);
             ExitCode::FAILURE
         }
@@ -104,15 +110,16 @@ fn be_the_sandbox(
     spec: &LaunchSpec,
     lock: &RunLock,
     console: &LastWords,
+    will: &Will,
     signals: Signals,
     began: Instant,
 ) -> Result<(), Failure> {
     let failed = |error: StoreError| Failure::at("store", chain(&error));
     let store = Store::open(&spec.home).map_err(failed)?;
     store.adopt(spec.run, lock).map_err(failed)?;
-    boot(launch, spec, &store, console, signals, began).inspect_err(|failure| {
+    boot(launch, spec, &store, console, will, signals, began).inspect_err(|failure| {
         // If not even that can be written, the keeper tries again.
-        let _ = store.record_end(spec.run, &ExitReport::now(failure.reason.clone()));
+        let _ = will.record(&store, spec, &ExitReport::now(failure.reason.clone()));
     })
 }
 
@@ -121,6 +128,7 @@ fn boot(
     spec: &LaunchSpec,
     store: &Store,
     console: &LastWords,
+    will: &Will,
     signals: Signals,
     began: Instant,
 ) -> Result<(), Failure> {
@@ -153,8 +161,13 @@ fn boot(
     // Everything is open and every thread runs. The guest does not yet.
     let limits = Limits { clients: spec.config.max_clients, disk: u64::from(spec.config.disk_mib) << 20 };
     lock_in.finish(&limits).map_err(locking)?;
-    supervisor::run(Parts { spec, launch, store, relay, vm, events, marked, signals, began })
+    supervisor::run(Parts { spec, launch, store, will, relay, vm, events, marked, signals, began })
         .map_err(|why| Failure::at("supervisor", why))
+}
+
+/// Writes a line to `process.log`, which is standard error. What is to be done goes on if that has no room.
+fn say(what: impl Display) {
+    let _ = io::stderr().write_all(format!("cubby-sandbox: {what}\n").as_bytes());
 }
 
 /// An error and all its causes in one line.

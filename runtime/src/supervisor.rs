@@ -20,6 +20,7 @@ use crate::machine::{self, Marked};
 use crate::policy::{self, Due, Policies};
 use crate::relay::{Asked, Relay};
 use crate::signals::{self, Signals, Wish};
+use crate::will::Will;
 
 /// Event data of the descriptors that are no client's.
 const EXIT: u32 = u32::MAX;
@@ -42,6 +43,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) spec: &'a LaunchSpec,
     pub(crate) launch: &'a mut Launch,
     pub(crate) store: &'a Store,
+    pub(crate) will: &'a Will,
     pub(crate) relay: Relay,
     pub(crate) vm: Vm,
     pub(crate) events: EventLoop,
@@ -55,6 +57,7 @@ struct Supervisor<'a> {
     status: Status,
     launch: &'a mut Launch,
     store: &'a Store,
+    will: &'a Will,
     relay: Relay,
     control: Control,
     vm: Vm,
@@ -92,7 +95,7 @@ impl MutEventSubscriber for Inbox {
 /// Carries the sandbox from its first instruction to its record in the store.
 pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, store, relay, vm, mut events, marked, signals, began } = parts;
+    let Parts { spec, launch, store, will, relay, vm, mut events, marked, signals, began } = parts;
     let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
@@ -117,6 +120,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         spec,
         launch,
         store,
+        will,
         relay,
         vm,
         vsock,
@@ -487,7 +491,7 @@ impl Supervisor<'_> {
         if report.reason.status() == Status::Crashed {
             report = report.with_console(&console);
         }
-        self.store.record_end(self.spec.run, &report).map_err(|error| crate::chain(&error))?;
+        self.will.record(self.store, self.spec, &report).map_err(|error| crate::chain(&error))?;
         if let Ok(mut ops) = events.event_ops(inbox) {
             for asked in std::mem::take(&mut self.waiters) {
                 self.relay.reply(&asked, &Reply::Done);

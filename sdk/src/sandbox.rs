@@ -186,6 +186,10 @@ impl Sandbox {
 
     /// Ends the sandbox at once, as if its power were cut. A sandbox process that does not answer within half
     /// a second is killed itself.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if the store cannot be written, for one because its disk is full: the sandbox is dead
+    /// nevertheless. Its end is recorded once the store can be written again.
     pub async fn kill(&self) -> R<()> {
         const PATIENCE: Duration = Duration::from_millis(500);
         match tokio::time::timeout(PATIENCE, self.link.end(Request::Kill, Event::Kill)).await {
@@ -200,11 +204,13 @@ impl Sandbox {
     /// removed meanwhile, has what it wanted.
     async fn kill_process(&self) -> R<()> {
         let record = self.link.record()?;
-        match self.link.context.store.request_kill(record.run.id) {
-            Ok(()) => {}
+        let mut unannounced = match self.link.context.store.request_kill(record.run.id) {
+            Ok(()) => None,
             Err(StoreError::RunOver { .. }) => return Ok(()),
+            // It is to die, whoever can write that down.
+            Err(error) if error.may_pass() => Some(error),
             Err(error) => return Err(Error::store(self.name(), error)),
-        }
+        };
         let failed = |error: rustix::io::Errno| Error::Process {
             name: self.name().into(),
             why: format!("cannot kill it: {error}"),
@@ -219,7 +225,13 @@ impl Sandbox {
             }
         }
         let deadline = Instant::now() + STOP_TIMEOUT;
+        let gone = || record.run.process.as_ref().is_none_or(|process| !process.is_running());
         loop {
+            if gone()
+                && let Some(error) = unannounced.take()
+            {
+                return Err(Error::store(self.name(), error));
+            }
             match self.link.record() {
                 Ok(now) if now.status.is_live() && now.run.id == record.run.id => {}
                 Ok(_) | Err(Error::NotFound { .. }) => return Ok(()),

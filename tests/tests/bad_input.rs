@@ -29,8 +29,9 @@ async fn a_full_disk_is_told_at_each_step_and_loses_nothing_that_was_synced() {
         told.insert(what.to_owned(), outcome.to_owned());
     }
     client.finish().await;
-    // What cannot be recorded is not begun: each refusal names the place and what to look at, and harms nothing.
-    for call in ["create", "stop"] {
+    // What cannot be recorded is not begun: each refusal names the place and what to look at, and harms nothing. A kill is
+    // done nevertheless, and what cannot be recorded then is told in the same words.
+    for call in ["create", "stop", "kill"] {
         let text = &told[call];
         assert!(
             text.contains("space left") && text.contains(directory.path().to_str().unwrap()),
@@ -42,7 +43,9 @@ async fn a_full_disk_is_told_at_each_step_and_loses_nothing_that_was_synced() {
     // The guest is told by its own kernel, and lives.
     assert_eq!((told["write"].as_str(), told["alive"].as_str()), ("failed", "true"));
     assert_eq!((told["second stop"].as_str(), told["kept"].as_str()), ("done", r#""kept\n""#));
-    // A kill asks nobody. That it was one is lost with the disk that had no room for it.
-    assert!(["Stopped", "Crashed"].contains(&told["after kill"].as_str()), "{told:?}");
+    // Until its end is on record it cannot begin again, and once there is room the record is true.
+    assert_eq!(told["killed"], "true");
+    assert!(told["start"].starts_with("InvalidState"), "{told:?}");
+    assert_eq!(told["after kill"], "Stopped, Killed");
     assert_eq!(told["remove"], "done");
 }

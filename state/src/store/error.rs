@@ -127,6 +127,13 @@ impl StoreError {
             if matches!(e.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked)))
     }
 
+    /// Whether the file could not be read or written and may be again: there is room on its disk, or another process has
+    /// let go of it.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, StoreError::Unusable { .. } | StoreError::Stuck { .. } | StoreError::Io { .. })
+    }
+
     /// The same error, with SQLite's codes turned into what they mean for the file at `path`.
     pub(super) fn at(self, path: &Path) -> Self {
         let StoreError::Sql(source) = self else { return self };

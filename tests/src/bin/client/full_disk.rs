@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 
-use cubby_tests::{builder, store, within};
+use cubby_tests::{builder, process, store, within};
 use cubbyhole::{Error, Sandbox};
 
 /// A file that takes all the space there is.
@@ -75,10 +75,12 @@ pub async fn run(name: &str) {
     println!("kept: {:?}", kept.stdout().unwrap());
 
     let filler = Filler::fill();
+    let process = process(name);
     told("kill", within("kill", again.kill()).await);
+    println!("killed: {}", !process.is_running());
+    told("start", within("start", Sandbox::start(name)).await.map(drop));
     filler.free();
-    println!("after kill: {}", status().await);
-    let reason = again.last_exit().await.unwrap().map(|report| report.reason);
-    println!("reason: {reason:?}");
+    let report = within("the end", again.wait()).await.unwrap();
+    println!("after kill: {}, {:?}", status().await, report.reason);
     told("remove", Sandbox::remove(name).await);
 }
