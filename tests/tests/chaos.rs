@@ -147,22 +147,29 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
                 Ok(Some(_)) => begun += 1,
                 Err(_) => {}
             }
-            match random.below(6) {
+            let choice = random.below(6);
+            match choice {
                 0 => {
                     *killed.entry("clients").or_insert(0) += 1;
                     let _ = random.one_of(&murders).try_send(());
                 }
-                1 => {
+                1 | 2 => {
+                    // One that boots has an application that waits for it. One that does not, and whose keeper is killed
+                    // with it, is found dead by nobody but who looks.
+                    let alone = choice == 2;
                     let list = store.list().unwrap();
-                    let live: Vec<_> = list.iter().filter(|one| one.status.is_live()).collect();
+                    let live = list.iter().filter(|one| match one.status {
+                        Status::Running | Status::Paused => true,
+                        status => status.is_live() && !alone,
+                    });
+                    let live: Vec<_> = live.collect();
                     if live.is_empty() {
                         continue;
                     }
                     let process =
                         store.get(&random.one_of(&live).name).ok().and_then(|record| record.run.process);
                     if let Some(process) = process.filter(|process| process.is_running()) {
-                        // With its keeper, its end is only ever found by who looks.
-                        if let Some(keeper) = keeper_of(process.pid).filter(|_| random.below(2) == 0) {
+                        if let Some(keeper) = keeper_of(process.pid).filter(|_| alone) {
                             *killed.entry("keepers").or_insert(0) += 1;
                             kill(keeper);
                         }
