@@ -96,7 +96,9 @@ fn command(mode: Mode, kernel: &Path, dir: &Path, port: u16) -> Command {
             "shift=0,sleep=off,align=off",
         ]),
     };
-    qemu.args(["-cpu", "max,+svm,+npt", "-nodefaults", "-display", "none", "-no-reboot", "-m"])
+    // No XSAVE: QEMU's SVM lets a guest's XSETBV through, of which KVM then knows nothing. It sets XCR0 back at the next
+    // entry, and from there on the guest's kernel switches its processes' XMM registers no more. FXSAVE has no such switch.
+    qemu.args(["-cpu", "max,+svm,+npt,-xsave", "-nodefaults", "-display", "none", "-no-reboot", "-m"])
         .arg(MEMORY.to_string())
         .args(["-numa", "node,memdev=memory", "-object"])
         .arg(format!("memory-backend-memfd,id=memory,size={MEMORY}M,share=on"))
