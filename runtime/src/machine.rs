@@ -23,7 +23,15 @@ const GUEST_CID: u32 = 3;
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 random.trust_cpu=on \
                        cryptomgr.notests rcupdate.rcu_expedited=1 no_timer_check noreplace-smp \
                        8250.nr_uarts=1 percpu_alloc=page retain_initrd \
-                       initcall_blacklist=blake2s_mod_init rdinit=/init";
+                       initcall_blacklist=blake2s_mod_init,slab_late_init rdinit=/init";
+
+/// The kernel's command line for a guest of so much memory. Linux makes its directory and inode caches' hash tables for
+/// a machine that does nothing but serve files, 768 KiB of 512 MiB, and writes all of both at boot. A quarter of it does:
+/// one chain for each 32 and 64 KiB of memory.
+fn command_line(memory_mib: u32) -> String {
+    let mib = u64::from(memory_mib);
+    format!("{CMDLINE} dhash_entries={} ihash_entries={}", mib * 32, mib * 16)
+}
 
 /// When the guest came how far, as its marks say.
 #[derive(Clone, Default)]
@@ -63,7 +71,7 @@ pub(crate) fn config(
         memory_mib: spec.config.memory_mib,
         kernel: assets.kernel.clone(),
         initramfs: Some(initramfs),
-        cmdline: CMDLINE.into(),
+        cmdline: command_line(spec.config.memory_mib),
         disks,
         vsock_cid: Some(GUEST_CID),
         console: Some(console),
