@@ -311,6 +311,22 @@ impl Supervisor<'_> {
     ) -> Result<(), Reply> {
         let was = self.status;
         self.apply(event)?;
+        self.begin_stop(was, reason, timeout, vsock);
+        Ok(())
+    }
+
+    /// A stop that nobody is there to be refused: what cannot be written must not make the sandbox live on.
+    fn stop_regardless(&mut self, timeout: Duration, vsock: &mut Vsock) {
+        let was = self.status;
+        let stopped = self.stop(Event::Stop, ExitReason::Requested, timeout, vsock);
+        // Otherwise refused only if the sandbox is ending already.
+        if let Err(Reply::Failed(_)) = stopped {
+            self.begin_stop(was, ExitReason::Requested, timeout, vsock);
+        }
+    }
+
+    /// The end of a sandbox that `was` in this state.
+    fn begin_stop(&mut self, was: Status, reason: ExitReason, timeout: Duration, vsock: &mut Vsock) {
         if was == Status::Paused {
             self.unfreeze(vsock);
         }
@@ -321,7 +337,6 @@ impl Supervisor<'_> {
         } else {
             self.control.shut_down(grace(timeout), vsock);
         }
-        Ok(())
     }
 
     fn kill(&mut self) {
@@ -392,18 +407,17 @@ impl Supervisor<'_> {
         }
         let _ = ops.remove(Events::empty(self.launch.socket()));
         if self.attached {
-            // Refused only if the sandbox is ending already.
-            let _ = self.stop(Event::Stop, ExitReason::Requested, ORPHAN_TIMEOUT, vsock);
+            self.stop_regardless(ORPHAN_TIMEOUT, vsock);
         }
     }
 
     fn on_signals(&mut self, vsock: &mut Vsock) {
         while let Some(signal) = self.signals.next() {
-            // Refused only if the sandbox is ending already.
-            let _ = match signals::wish(signal) {
-                Wish::Stop => self.stop(Event::Stop, ExitReason::Requested, policy::STOP, vsock),
-                Wish::Drain => self.drain(Event::Drain, ExitReason::Drained, None, vsock),
-            };
+            match signals::wish(signal) {
+                Wish::Stop => self.stop_regardless(policy::STOP, vsock),
+                // Refused if the sandbox is ending already, or if that cannot be written: then it lives on.
+                Wish::Drain => drop(self.drain(Event::Drain, ExitReason::Drained, None, vsock)),
+            }
         }
     }
 

@@ -43,6 +43,7 @@ async fn a_full_disk_is_told_at_each_step_and_loses_nothing_that_was_synced() {
     // The guest is told by its own kernel, and lives.
     assert_eq!((told["write"].as_str(), told["alive"].as_str()), ("failed", "true"));
     assert_eq!((told["second stop"].as_str(), told["kept"].as_str()), ("done", r#""kept\n""#));
+    assert_eq!(told["after TERM"], "Stopped, Requested");
     // Until its end is on record it cannot begin again, and once there is room the record is true.
     assert_eq!(told["killed"], "true");
     assert!(told["start"].starts_with("InvalidState"), "{told:?}");

@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 
-use cubby_tests::{builder, process, store, within};
+use cubby_tests::{builder, keeper, process, signal, store, until, within};
 use cubbyhole::{Error, Sandbox};
+use rustix::process::Signal;
 
 /// A file that takes all the space there is.
 struct Filler(PathBuf);
@@ -73,6 +74,17 @@ pub async fn run(name: &str) {
     let again = within("start", Sandbox::start(name)).await.unwrap();
     let kept = within("cat", again.exec("cat", ["/root/note"])).await.unwrap();
     println!("kept: {:?}", kept.stdout().unwrap());
+
+    // Asked by a signal, nobody is there to be refused.
+    let filler = Filler::fill();
+    let asked = process(name);
+    signal(keeper(name).pid, Signal::TERM);
+    // Its keeper waits for it only when its end is on record.
+    until("its end", async || !asked.is_running()).await;
+    filler.free();
+    let report = within("the end", again.wait()).await.unwrap();
+    println!("after TERM: {}, {:?}", status().await, report.reason);
+    let again = within("start", Sandbox::start(name)).await.unwrap();
 
     let filler = Filler::fill();
     let process = process(name);
