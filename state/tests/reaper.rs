@@ -93,6 +93,10 @@ fn a_round_records_crashes_and_removes_stale_sockets_and_nothing_else() {
     drop(UnixListener::bind(home.socket(&stopped.name)).unwrap());
     fs::create_dir(home.sandboxes().join(".removed-4711")).unwrap();
     fs::create_dir(home.sandboxes().join(".orphan-4712")).unwrap();
+    // One that was being created, and what another store knew.
+    fs::create_dir(home.sandboxes().join("unborn")).unwrap();
+    fs::create_dir(home.sandboxes().join("kept")).unwrap();
+    fs::write(home.sandboxes().join("kept/disk.ext4"), "somebody's work").unwrap();
     // A removal whose transaction has not ended: its row is still there.
     let not_yet = home.sandboxes().join(format!(".removed-{}", 1));
     fs::create_dir(&not_yet).unwrap();
@@ -112,7 +116,7 @@ fn a_round_records_crashes_and_removes_stale_sockets_and_nothing_else() {
     assert_eq!(left, expected);
     let mut left = names(home.sandboxes());
     left.sort();
-    assert_eq!(left, [".removed-1", "alive", "dead", "stopped"]);
+    assert_eq!(left, [".removed-1", "alive", "dead", "kept", "stopped"]);
     // A second round finds nothing to do.
     reap(&store);
     assert_eq!(raw_status(&store, &alive), "Running");
