@@ -13,7 +13,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cubby_state::{Home, ProcessIdentity, Store};
-use cubbyhole::{Error, ExecOutput, Sandbox, SandboxBuilder};
+use cubbyhole::{Error, ExecEvent, ExecHandle, ExecOutput, Sandbox, SandboxBuilder};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -86,6 +86,17 @@ pub async fn shell(sandbox: &Sandbox, script: &str) -> String {
 pub async fn python(sandbox: &Sandbox, program: &str) -> String {
     let output = within(program, sandbox.exec("python3", ["-c", program])).await.unwrap();
     success(program, &output)
+}
+
+/// What a running command writes to its standard output next.
+pub async fn next_output(command: &mut ExecHandle) -> String {
+    loop {
+        match within("output", command.next()).await.expect("the command has ended").unwrap() {
+            ExecEvent::Stdout(bytes) => return String::from_utf8(bytes.to_vec()).unwrap(),
+            ExecEvent::Started { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 fn success(what: &str, output: &ExecOutput) -> String {

@@ -2,8 +2,8 @@
 
 use cubby_state::Home;
 use cubby_tests::{
-    Client, builder, discard, gone, host_time, name, parent, process, python, refused_as, shared, shell,
-    store, until, within,
+    Client, builder, discard, gone, host_time, name, next_output, parent, process, python, refused_as,
+    shared, shell, store, until, within,
 };
 use cubbyhole::{Error, ExitReason, Sandbox, Status};
 
@@ -70,10 +70,15 @@ async fn it_is_creating_while_it_boots_and_running_once_the_agent_is_ready() {
 async fn the_first_command_finds_loopback_and_the_hosts_time() {
     let name = name("environment");
     let sandbox = within("create", builder(&name).env("COLOUR", "blue").create()).await.unwrap();
+    // Python may take seconds to start, which would be no measure of a clock.
+    let program = "import sys, time\nprint('ready', flush=True)\nsys.stdin.read(1)\nprint(repr(time.time()), flush=True)";
+    let mut first = within("start", sandbox.exec_stream("python3", ["-c", program])).await.unwrap();
+    assert_eq!(next_output(&mut first).await, "ready\n");
     let before = host_time();
-    let first = python(&sandbox, "import time; print(repr(time.time()))").await;
+    first.write_stdin("!").await.unwrap();
+    let told = next_output(&mut first).await;
     let after = host_time();
-    let guest = std::time::Duration::from_secs_f64(first.trim().parse().unwrap());
+    let guest = std::time::Duration::from_secs_f64(told.trim().parse().unwrap());
     // What the agent takes from being told to having set it.
     let tolerance = std::time::Duration::from_millis(100);
     assert!(

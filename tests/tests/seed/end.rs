@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use cubby_tests::{
-    builder, discard, freeze, gone, name, process, python, refused_as, sandbox, shell, store, until, within,
+    builder, discard, freeze, gone, name, next_output, process, python, refused_as, sandbox, shell, store,
+    until, within,
 };
 use cubbyhole::{Error, ExecEvent, ExecHandle, ExitReason, ExitStatus, Sandbox, Status};
 
@@ -18,13 +19,8 @@ async fn reason(sandbox: &Sandbox) -> ExitReason {
 /// Starts a script and waits for its first line.
 async fn started(sandbox: &Sandbox, script: &str) -> ExecHandle {
     let mut handle = within("start", sandbox.shell_stream(script)).await.unwrap();
-    loop {
-        match within("the first line", handle.next()).await.unwrap().unwrap() {
-            ExecEvent::Started { .. } => {}
-            ExecEvent::Stdout(_) => return handle,
-            other => panic!("{other:?}"),
-        }
-    }
+    next_output(&mut handle).await;
+    handle
 }
 
 /// "Stopping gracefully terminates guest processes and shuts down the VM." and "The sandbox moves to Stopped and can be
