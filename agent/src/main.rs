@@ -19,6 +19,8 @@ fn main() -> ExitCode {
     if option != "--listen" {
         return usage();
     }
+    // PID 1 has inherited nothing.
+    cubby_agent::sys::heed_signals();
     let served = UnixListener::bind(path).and_then(|listener| {
         listener.set_nonblocking(true)?;
         let config = GuestConfig { hostname: "test".into(), ..GuestConfig::default() };

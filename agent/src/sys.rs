@@ -2,7 +2,7 @@
 //! `docs/adr/0003-agent-unsafe-in-one-module.md` says why each is here.
 //!
 //! - [`Launcher`]: starts a program in a child that shares the agent's memory until it calls `execve`.
-//! - [`block_sigchld`]: the end of a child as a readable file descriptor.
+//! - [`block_sigchld`], [`heed_signals`]: the end of a child as a readable file descriptor; what signals do.
 //! - [`VsockAddr`], [`vsock_peer`]: addresses of `AF_VSOCK`.
 //! - [`add_entropy`], [`connect_patiently`], [`loopback_up`], [`kill_group`]: calls whose safe wrappers do not exist.
 #![allow(unsafe_code)]
@@ -34,6 +34,19 @@ pub fn block_sigchld() -> Result<OwnedFd, Errno> {
         check(libc::sigprocmask(libc::SIG_BLOCK, &set, ptr::null_mut()))?;
         let fd = check(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
         Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Gives every signal that whoever started this process ignores its default again: `execve` keeps what is ignored, so
+/// commands would ignore it too. SIGPIPE stays as it is; each child gets it back.
+pub fn heed_signals() {
+    // SAFETY: all zeroes is a valid `sigaction`, the default without flags; the kernel reads one.
+    unsafe {
+        let default: libc::sigaction = std::mem::zeroed();
+        for signal in (1..=64).filter(|signal| *signal != libc::SIGPIPE) {
+            // Those that cannot be changed cannot be ignored either.
+            let _ = libc::sigaction(signal, &default, ptr::null_mut());
+        }
     }
 }
 

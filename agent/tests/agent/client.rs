@@ -25,7 +25,9 @@ impl Agent {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let socket = std::env::temp_dir().join(format!("cubby-agent-{}-{number}.sock", std::process::id()));
         let _ = std::fs::remove_file(&socket);
-        let process = Command::new(env!("CARGO_BIN_EXE_cubby-agent"))
+        // As a script starts what it does not wait for: with signals ignored.
+        let process = Command::new("sh")
+            .args(["-c", "trap '' HUP INT QUIT; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_cubby-agent")])
             .arg("--listen")
             .arg(&socket)
             .stdin(Stdio::null())
