@@ -10,15 +10,17 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use cubby_protocol::message::{Fatal, Reply, Request, Signal};
+use cubby_protocol::message::{Fatal, Reply, Request};
 use cubby_protocol::{
     Decoder, Frame, FrameError, Hello, INITIAL_WINDOW, Kind, SessionId, decode, encode, encode_raw,
 };
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::outbox::{Broken, Outbox};
 
 /// A frame of one session, taken off the connection.
 #[derive(Debug)]
@@ -62,7 +64,7 @@ impl From<Fatal> for ConnectionError {
 
 /// A connection to a sandbox process. Dropping it ends its sessions.
 pub(crate) struct Connection {
-    writer: tokio::sync::Mutex<OwnedWriteHalf>,
+    outbox: Outbox,
     routes: Arc<Routes>,
     next_session: AtomicU32,
     ended: watch::Receiver<Option<ConnectionError>>,
@@ -134,13 +136,7 @@ impl Connection {
                 routes.lock().clear();
             }
         });
-        Ok(Self {
-            writer: tokio::sync::Mutex::new(writer),
-            routes,
-            next_session: AtomicU32::new(1),
-            ended,
-            reader,
-        })
+        Ok(Self { outbox: Outbox::new(writer), routes, next_session: AtomicU32::new(1), ended, reader })
     }
 
     /// Why the connection ended, if it has.
@@ -208,11 +204,10 @@ impl Connection {
     }
 
     async fn write(&self, frame: &[u8]) -> Result<(), ConnectionError> {
-        let mut writer = self.writer.lock().await;
-        match writer.write_all(frame).await {
+        match self.outbox.send(frame).await {
             Ok(()) => Ok(()),
             // The reader knows more than "broken pipe": what the sandbox process said at last.
-            Err(_) => Err(self.wait_ended().await),
+            Err(Broken) => Err(self.wait_ended().await),
         }
     }
 }
@@ -252,17 +247,12 @@ impl Session {
         encode_raw(kind, self.id, payload, &mut out)?;
         self.connection.write(&out).await
     }
-}
 
-impl Session {
-    /// Ends the session's command without waiting for it; best effort, for destructors.
-    pub(crate) fn kill_in_background(&self) {
-        const SIGKILL: i32 = 9;
+    /// Sends a small message without waiting. If the connection has ended, whoever reads from it is told.
+    pub(crate) fn push(&self, kind: Kind, message: &impl Serialize) {
         let mut out = Vec::new();
-        let encoded = encode(Kind::Signal, self.id, &Signal { number: SIGKILL }, &mut out);
-        if let (Ok(()), Ok(runtime)) = (encoded, tokio::runtime::Handle::try_current()) {
-            let connection = self.connection.clone();
-            runtime.spawn(async move { connection.write(&out).await });
+        if encode(kind, self.id, message, &mut out).is_ok() {
+            let _ = self.connection.outbox.push(&out);
         }
     }
 }

@@ -12,6 +12,8 @@ use crate::connection::{ConnectionError, Incoming, Session};
 use crate::error::{Error, R};
 use crate::link::Link;
 
+const SIGKILL: i32 = 9;
+
 /// How a command is run. What is not set is as the sandbox was configured.
 #[derive(Debug, Default)]
 pub struct ExecOptions {
@@ -183,7 +185,7 @@ impl ExecHandle {
     }
 
     /// What the command does next; `None` once it has ended. A command that could not run is an error, as is
-    /// one that was killed for memory or time.
+    /// one that was killed for memory or time. Nothing is lost when the future is dropped before it is ready.
     pub async fn next(&mut self) -> Option<R<ExecEvent>> {
         loop {
             if self.ended {
@@ -194,7 +196,7 @@ impl ExecHandle {
                 None => self.receive().await,
             };
             let event = match received {
-                Ok(incoming) => self.on_frame(incoming).await,
+                Ok(incoming) => self.on_frame(incoming),
                 Err(error) => Err(error),
             };
             match event {
@@ -208,16 +210,16 @@ impl ExecHandle {
         }
     }
 
-    async fn on_frame(&mut self, incoming: Incoming) -> R<Option<ExecEvent>> {
+    fn on_frame(&mut self, incoming: Incoming) -> R<Option<ExecEvent>> {
         let Incoming { kind, payload } = incoming;
         let event = match kind {
             Kind::Started => ExecEvent::Started { pid: decode::<Started>(&payload)?.pid },
             Kind::Stdout => {
-                self.give_back(payload.len()).await?;
+                self.give_back(payload.len());
                 ExecEvent::Stdout(payload)
             }
             Kind::Stderr => {
-                self.give_back(payload.len()).await?;
+                self.give_back(payload.len());
                 ExecEvent::Stderr(payload)
             }
             Kind::Credit => {
@@ -243,13 +245,11 @@ impl ExecHandle {
     }
 
     /// Lets the guest send more once a good part of the window was taken.
-    async fn give_back(&mut self, bytes: usize) -> R<()> {
+    fn give_back(&mut self, bytes: usize) {
         self.owed = self.owed.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
         if self.owed >= INITIAL_WINDOW / 4 {
-            let credit = Credit { bytes: std::mem::take(&mut self.owed) };
-            self.send(Kind::Credit, &credit).await?;
+            self.session.push(Kind::Credit, &Credit { bytes: std::mem::take(&mut self.owed) });
         }
-        Ok(())
     }
 
     /// Writes to the command's standard input; waits while the command does not read. Fails with
@@ -269,7 +269,7 @@ impl ExecHandle {
             }
             let incoming = self.receive().await?;
             match incoming.kind {
-                Kind::Credit => drop(self.on_frame(incoming).await?),
+                Kind::Credit => drop(self.on_frame(incoming)?),
                 _ => self.early.push_back(incoming),
             }
         }
@@ -332,7 +332,7 @@ impl ExecHandle {
                 }
             }
             let incoming = self.receive().await?;
-            match self.on_frame(incoming).await? {
+            match self.on_frame(incoming)? {
                 None | Some(ExecEvent::Started { .. }) => {}
                 Some(ExecEvent::Stdout(bytes)) => stdout.extend_from_slice(&bytes),
                 Some(ExecEvent::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
@@ -367,7 +367,7 @@ impl ExecHandle {
 impl Drop for ExecHandle {
     fn drop(&mut self) {
         if !self.ended {
-            self.session.kill_in_background();
+            self.session.push(Kind::Signal, &Signal { number: SIGKILL });
         }
     }
 }

@@ -28,6 +28,7 @@ mod error;
 mod exec;
 mod launch;
 mod link;
+mod outbox;
 mod reaper;
 mod sandbox;
 
