@@ -26,9 +26,11 @@ mod will;
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use cubby_state::launch::{HostCheck, Unsupported, to_line};
 use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store, StoreError};
 use cubby_vmm::{Error, Vm};
 use last_words::LastWords;
@@ -47,7 +49,11 @@ fn main() -> ExitCode {
         say(format_args!("closing the descriptors of others: {error}"));
         return ExitCode::FAILURE;
     }
-    if std::env::args_os().nth(1).is_some() {
+    let mut arguments = std::env::args_os().skip(1);
+    if let Some(first) = arguments.next() {
+        if first == "--check" {
+            return check(&arguments.next().map(PathBuf::from).unwrap_or_default());
+        }
         println!("cubby-sandbox {} is started by the cubbyhole library", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
@@ -85,6 +91,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says whether a guest could run here, and boots none.
+fn check(home_lib: &Path) -> ExitCode {
+    let assets = assets::find(home_lib).map_err(|missing| missing.to_string());
+    let check = HostCheck {
+        assets: assets.map(|assets| assets.kernel.parent().map(Path::to_owned).unwrap_or_default()),
+        kvm: cubby_vmm::probe::probe()
+            .map(drop)
+            .map_err(|host| Unsupported { why: host.why, remedy: host.remedy }),
+    };
+    let said = to_line(&check).is_ok_and(|line| io::stdout().write_all(&line).is_ok());
+    if said { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Why there is no guest.

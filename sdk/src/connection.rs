@@ -187,8 +187,9 @@ impl Connection {
         let (sender, incoming) = mpsc::unbounded_channel();
         let unread = Arc::<Unread>::default();
         let id = self.register(Route::Session(sender, unread.clone()));
-        let session = Session { connection: self.clone(), id, incoming, unread };
-        session.send(Kind::Open, message).await?;
+        let out = SessionOut { connection: self.clone(), id };
+        let session = Session { out, incoming, unread };
+        session.out.send(Kind::Open, message).await?;
         Ok(session)
     }
 
@@ -214,17 +215,12 @@ impl Connection {
 
 /// One session's end of a connection.
 pub(crate) struct Session {
-    connection: Arc<Connection>,
-    id: SessionId,
+    pub(crate) out: SessionOut,
     incoming: mpsc::UnboundedReceiver<Incoming>,
     unread: Arc<Unread>,
 }
 
 impl Session {
-    pub(crate) fn id(&self) -> SessionId {
-        self.id
-    }
-
     /// The next frame; an error when the connection ended before the session did.
     pub(crate) async fn next(&mut self) -> Result<Incoming, ConnectionError> {
         match self.incoming.recv().await {
@@ -232,10 +228,26 @@ impl Session {
                 self.unread.take(&incoming);
                 Ok(incoming)
             }
-            None => Err(self.connection.wait_ended().await),
+            None => Err(self.out.connection.wait_ended().await),
         }
     }
+}
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Frames that still come for it are nobody's.
+        self.out.connection.routes.lock().remove(&self.out.id);
+    }
+}
+
+/// The way to one session's other end.
+#[derive(Clone)]
+pub(crate) struct SessionOut {
+    connection: Arc<Connection>,
+    pub(crate) id: SessionId,
+}
+
+impl SessionOut {
     pub(crate) async fn send(&self, kind: Kind, message: &impl Serialize) -> Result<(), ConnectionError> {
         let mut out = Vec::new();
         encode(kind, self.id, message, &mut out)?;
@@ -254,13 +266,6 @@ impl Session {
         if encode(kind, self.id, message, &mut out).is_ok() {
             let _ = self.connection.outbox.push(&out);
         }
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        // Frames that still come for it are nobody's.
-        self.connection.routes.lock().remove(&self.id);
     }
 }
 

@@ -10,9 +10,8 @@ use cubby_protocol::{CHUNK, INITIAL_WINDOW, Kind, decode};
 
 use crate::connection::{ConnectionError, Incoming, Session};
 use crate::error::{Error, R};
+use crate::input::{ExecInput, Room};
 use crate::link::Link;
-
-const SIGKILL: i32 = 9;
 
 /// How a command is run. What is not set is as the sandbox was configured.
 #[derive(Debug, Default)]
@@ -154,12 +153,12 @@ pub enum ExecEvent {
 /// in its `write` once its window (512 KiB) is full. Dropping the handle kills the command.
 pub struct ExecHandle {
     session: Session,
-    program: String,
+    program: Arc<str>,
     link: Arc<Link>,
     /// Bytes taken by the caller for which no credit was given back yet.
     owed: u32,
-    /// How much standard input the guest takes now, in bytes.
-    stdin_credit: u32,
+    /// How much standard input the guest takes now.
+    room: Room,
     /// Frames that came while something else was awaited.
     early: VecDeque<Incoming>,
     ended: bool,
@@ -170,10 +169,10 @@ impl ExecHandle {
     pub(crate) async fn start(link: &Arc<Link>, open: &Open) -> R<Self> {
         Ok(Self {
             session: link.open_session(open).await?,
-            program: open.program.clone(),
+            program: open.program.as_str().into(),
             link: link.clone(),
             owed: 0,
-            stdin_credit: INITIAL_WINDOW,
+            room: Room::new(INITIAL_WINDOW),
             early: VecDeque::new(),
             ended: false,
         })
@@ -181,7 +180,7 @@ impl ExecHandle {
 
     /// The session's number on this connection.
     pub fn id(&self) -> u32 {
-        self.session.id().0
+        self.session.out.id.0
     }
 
     /// What the command does next; `None` once it has ended. A command that could not run is an error, as is
@@ -203,7 +202,7 @@ impl ExecHandle {
                 Ok(None) => {}
                 Ok(Some(event)) => return Some(Ok(event)),
                 Err(error) => {
-                    self.ended = true;
+                    self.end();
                     return Some(Err(error));
                 }
             }
@@ -223,17 +222,16 @@ impl ExecHandle {
                 ExecEvent::Stderr(payload)
             }
             Kind::Credit => {
-                let more = decode::<Credit>(&payload)?.bytes;
-                self.stdin_credit = self.stdin_credit.saturating_add(more);
+                self.room.add(decode::<Credit>(&payload)?.bytes);
                 return Ok(None);
             }
             Kind::Exited => {
-                self.ended = true;
+                self.end();
                 let status = match decode::<Exited>(&payload)? {
                     Exited::Code(code) => ExitStatus { code: Some(code), signal: None },
                     Exited::Signal(signal) => ExitStatus { code: None, signal: Some(signal) },
                     Exited::OutOfMemory => return Err(Error::killed_for_memory(&self.program)),
-                    Exited::TimedOut => return Err(Error::Timeout { what: self.program.clone() }),
+                    Exited::TimedOut => return Err(Error::Timeout { what: self.program.to_string() }),
                 };
                 ExecEvent::Exited(status)
             }
@@ -248,8 +246,22 @@ impl ExecHandle {
     fn give_back(&mut self, bytes: usize) {
         self.owed = self.owed.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
         if self.owed >= INITIAL_WINDOW / 4 {
-            self.session.push(Kind::Credit, &Credit { bytes: std::mem::take(&mut self.owed) });
+            let credit = Credit { bytes: std::mem::take(&mut self.owed) };
+            self.session.out.push(Kind::Credit, &credit);
         }
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        self.room.close();
+    }
+
+    /// The way in: whoever has it can write to the command and signal it while the handle's owner waits for output.
+    /// It is of use only as long as somebody calls [`Self::next`], which is what hears how much input the command
+    /// takes.
+    pub fn input(&self) -> ExecInput {
+        let (out, room) = (self.session.out.clone(), self.room.clone());
+        ExecInput { out, room, program: self.program.clone(), link: self.link.clone() }
     }
 
     /// Writes to the command's standard input; waits while the command does not read. Fails with
@@ -260,7 +272,7 @@ impl ExecHandle {
         let mut rest = bytes;
         while !rest.is_empty() {
             rest = self.write_some(rest).await?;
-            if rest.is_empty() || self.stdin_credit > 0 {
+            if rest.is_empty() || self.room.now() > 0 {
                 continue;
             }
             let unread: usize = self.early.iter().map(|incoming| incoming.payload.len()).sum();
@@ -279,13 +291,11 @@ impl ExecHandle {
     /// Writes as much as the window allows and returns what is left.
     async fn write_some<'b>(&mut self, bytes: &'b [u8]) -> R<&'b [u8]> {
         if self.ended || self.early.iter().any(|incoming| incoming.kind.ends_session()) {
-            return Err(Error::ExecEnded { program: self.program.clone() });
+            return Err(Error::ExecEnded { program: self.program.to_string() });
         }
-        let room = bytes.len().min(CHUNK).min(self.stdin_credit as usize);
-        let (now, later) = bytes.split_at(room);
-        if room > 0 {
+        let (now, later) = bytes.split_at(self.room.take(bytes.len().min(CHUNK)));
+        if !now.is_empty() {
             self.send_raw(Kind::Stdin, now).await?;
-            self.stdin_credit -= u32::try_from(room).unwrap_or(self.stdin_credit);
         }
         Ok(later)
     }
@@ -312,7 +322,7 @@ impl ExecHandle {
                 return Ok(status);
             }
         }
-        Err(Error::ExecEnded { program: self.program.clone() })
+        Err(Error::ExecEnded { program: self.program.to_string() })
     }
 
     /// Feeds `stdin`, collects all output and waits for the end.
@@ -327,7 +337,7 @@ impl ExecHandle {
                 if input.is_none() {
                     self.close_stdin().await?;
                 }
-                if self.stdin_credit > 0 {
+                if self.room.now() > 0 {
                     continue;
                 }
             }
@@ -347,12 +357,12 @@ impl ExecHandle {
     }
 
     async fn send_raw(&self, kind: Kind, payload: &[u8]) -> R<()> {
-        let sent = self.session.send_raw(kind, payload).await;
+        let sent = self.session.out.send_raw(kind, payload).await;
         self.or_lost(sent).await
     }
 
     async fn send(&self, kind: Kind, message: &impl serde::Serialize) -> R<()> {
-        let sent = self.session.send(kind, message).await;
+        let sent = self.session.out.send(kind, message).await;
         self.or_lost(sent).await
     }
 
@@ -367,7 +377,8 @@ impl ExecHandle {
 impl Drop for ExecHandle {
     fn drop(&mut self) {
         if !self.ended {
-            self.session.push(Kind::Signal, &Signal { number: SIGKILL });
+            const SIGKILL: i32 = 9;
+            self.session.out.push(Kind::Signal, &Signal { number: SIGKILL });
         }
     }
 }

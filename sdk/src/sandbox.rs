@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use cubby_protocol::message::Request;
-use cubby_state::{Event, ExitReport, ProcessIdentity, Record, Run, SandboxName, Status, StoreError};
+use cubby_state::{
+    Event, ExitReport, ProcessIdentity, Record, Run, SandboxConfig, SandboxName, Status, StoreError,
+};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::builder::{SandboxBuilder, bring_up};
@@ -136,6 +138,21 @@ impl Sandbox {
     /// What state it is in now.
     pub async fn status(&self) -> R<Status> {
         Ok(self.link.record()?.status)
+    }
+
+    /// All that is kept about it: what it was made from, and its current or last run.
+    pub async fn inspect(&self) -> R<Inspection> {
+        let record = self.link.record()?;
+        let run = record.run;
+        Ok(Inspection {
+            name: record.name.into(),
+            status: record.status,
+            created_at: record.created_at,
+            started_at: run.started_at,
+            pid: run.process.filter(|_| record.status.is_live()).map(|process| process.pid),
+            exit: run.exit,
+            config: record.config,
+        })
     }
 
     /// How its last run ended; `None` if it has not ended yet.
@@ -355,6 +372,26 @@ impl std::fmt::Debug for Sandbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Sandbox").field("name", &self.name()).finish_non_exhaustive()
     }
+}
+
+/// What is kept about a sandbox, as it was when it was read.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Inspection {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub status: Status,
+    /// When it was created.
+    pub created_at: SystemTime,
+    /// When its current run began, or its last.
+    pub started_at: SystemTime,
+    /// The sandbox process, while there is one.
+    pub pid: Option<u32>,
+    /// How that run ended; `None` if it has not.
+    pub exit: Option<ExitReport>,
+    /// What it was made from, the image's own configuration included.
+    pub config: SandboxConfig,
 }
 
 /// A sandbox in a list, as it was when the list was made.

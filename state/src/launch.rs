@@ -64,6 +64,24 @@ pub enum LaunchReport {
     },
 }
 
+/// What a sandbox process answers to `--check LIB`, on its standard output: whether it could run a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCheck {
+    /// The directory of the guest's kernel and agent, or why there is none.
+    pub assets: Result<PathBuf, String>,
+    /// Whether KVM runs a kernel here.
+    pub kvm: Result<(), Unsupported>,
+}
+
+/// Why a host cannot run guests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unsupported {
+    /// What stood in the way.
+    pub why: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
 /// A line that is no launch message.
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
