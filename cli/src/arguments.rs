@@ -1,0 +1,386 @@
+//! The command line: its commands, their options, and what `--help` says of them.
+
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::amount::{duration, mebibytes, seconds};
+
+/// Run code nobody trusts in microVMs of its own
+#[derive(Debug, Parser)]
+#[command(name = "cubby", bin_name = "cubby", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(after_help = "Examples:\n  cubby run -it python:3.12\n  cubby run --rm alpine:3 echo hello\n  \
+                  cubby create --name box python:3.12 && cubby exec box python3 -V\n\nDoes it not work? cubby doctor")]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create a sandbox, run a command in it, and stop it
+    Run(Run),
+    /// Create a sandbox that goes on by itself, and print its name
+    Create(Create),
+    /// Boot sandboxes that have stopped, with their disks as they were
+    #[command(after_help = "Example:\n  cubby start box")]
+    Start {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Stop sandboxes: their processes get TERM, then KILL; disks are kept
+    #[command(after_help = "Example:\n  cubby stop --timeout 30s box")]
+    Stop {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        /// How long one may take before it is killed
+        #[arg(short, long, default_value = "10s", value_name = "DURATION", value_parser = duration)]
+        timeout: Duration,
+    },
+    /// End sandboxes at once, as if their power were cut
+    Kill {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Freeze sandboxes; they use no processor time until they are resumed
+    Pause {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Let frozen sandboxes go on
+    #[command(visible_alias = "unpause")]
+    Resume {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Take no new commands, let those that run finish, then stop
+    #[command(after_help = "Example:\n  cubby drain --deadline 1m box")]
+    Drain {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        /// End what still runs after this
+        #[arg(long, value_name = "DURATION", value_parser = duration)]
+        deadline: Option<Duration>,
+    },
+    /// Remove sandboxes that have stopped, disks and all
+    #[command(after_help = "Example:\n  cubby rm -f box")]
+    Rm {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        /// Kill those that run
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Run a command in a sandbox that runs
+    Exec(Exec),
+    /// Open a shell in a sandbox that runs
+    #[command(after_help = "Example:\n  cubby shell box")]
+    Shell {
+        /// The sandbox; may be left out if only one runs
+        name: Option<String>,
+    },
+    /// List sandboxes, those that have stopped too
+    #[command(visible_aliases = ["ps", "list"])]
+    Ls {
+        /// Accepted for docker's sake: all are always shown
+        #[arg(short, long, hide = true)]
+        all: bool,
+        /// Print names only
+        #[arg(short, long)]
+        quiet: bool,
+        /// Print JSON
+        #[arg(long, conflicts_with = "quiet")]
+        json: bool,
+    },
+    /// Print all that is kept about sandboxes, as JSON
+    Inspect {
+        /// The sandboxes
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        /// Accepted: it is always JSON
+        #[arg(long, hide = true)]
+        json: bool,
+    },
+    /// Check whether sandboxes can run here, and say what to do if not
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a shell's completion script
+    #[command(
+        after_help = "Example:\n  cubby completion bash > ~/.local/share/bash-completion/completions/cubby"
+    )]
+    Completion {
+        /// The shell
+        #[arg(value_parser = shell, value_name = "bash|zsh|fish")]
+        shell: Shell,
+    },
+}
+
+/// `cubby run`
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "cubby run [OPTIONS] IMAGE [COMMAND [ARG]...]",
+    after_help = "Examples:\n  cubby run -it python:3.12\n  cubby run --rm -i python:3.12 python3 - < program.py\n  \
+                  cubby run --rm --timeout 10s alpine:3 sh -c 'echo hello'"
+)]
+pub struct Run {
+    #[command(flatten)]
+    pub streams: StreamOptions,
+    /// Remove the sandbox when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Leave the sandbox running, print its name, and run no command
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty", "timeout"])]
+    pub detach: bool,
+    /// End the command when it runs longer than this
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub timeout: Option<Duration>,
+    #[command(flatten)]
+    pub settings: Settings,
+    /// Run this in place of the image's entry point
+    #[arg(long, value_name = "PROGRAM")]
+    pub entrypoint: Option<String>,
+    /// The image, and the command with its arguments (default: the image's)
+    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE [COMMAND [ARG]")]
+    pub words: Vec<String>,
+}
+
+/// `cubby create`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  cubby create --name box --memory 1g python:3.12")]
+pub struct Create {
+    /// Remove the sandbox when it ends
+    #[arg(long)]
+    pub rm: bool,
+    #[command(flatten)]
+    pub settings: Settings,
+    /// The image
+    pub image: String,
+}
+
+/// `cubby exec`
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "cubby exec [OPTIONS] NAME COMMAND [ARG]...",
+    after_help = "Examples:\n  cubby exec -it box bash\n  cubby exec box cat /etc/hostname"
+)]
+pub struct Exec {
+    #[command(flatten)]
+    pub streams: StreamOptions,
+    #[command(flatten)]
+    pub own: CommandOptions,
+    /// End the command when it runs longer than this
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub timeout: Option<Duration>,
+    /// The sandbox, and the command with its arguments
+    #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_name = "NAME COMMAND [ARG]")]
+    pub words: Vec<String>,
+}
+
+/// Which of our streams the command gets.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct StreamOptions {
+    /// Pass standard input on
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+}
+
+/// What both a sandbox and a single command can have.
+#[derive(Clone, Debug, Default, Args)]
+pub struct CommandOptions {
+    /// Set an environment variable; NAME alone takes the value from here
+    #[arg(short, long, value_name = "NAME[=VALUE]", value_parser = variable)]
+    pub env: Vec<Variable>,
+    /// Start in this directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// Run as this user: name or id, with :group if you like
+    #[arg(short, long)]
+    pub user: Option<String>,
+}
+
+/// What a sandbox is made of.
+#[derive(Debug, Args)]
+pub struct Settings {
+    /// The sandbox's name; one is made up otherwise
+    #[arg(long)]
+    pub name: Option<String>,
+    #[command(flatten)]
+    pub command: CommandOptions,
+    /// Virtual processors
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u8>,
+    /// Memory, such as 512m or 2g
+    #[arg(short, long, value_name = "SIZE", value_parser = mebibytes)]
+    pub memory: Option<u32>,
+    /// The disk's size; only what is written takes space
+    #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
+    pub disk: Option<u32>,
+    /// The host name it has inside
+    #[arg(long)]
+    pub hostname: Option<String>,
+    /// Set a label
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = label)]
+    pub label: Vec<(String, String)>,
+    /// End the sandbox after this long
+    #[arg(long, value_name = "DURATION", value_parser = seconds)]
+    pub max_duration: Option<u64>,
+    /// End the sandbox when nobody has used it for this long
+    #[arg(long, value_name = "DURATION", value_parser = seconds)]
+    pub idle_timeout: Option<u64>,
+    /// When to ask the registry
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub pull: Pull,
+    /// Show no progress
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// When to ask the registry for an image, in docker's words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Pull {
+    /// If the image is not here
+    #[default]
+    Missing,
+    /// Every time
+    Always,
+    /// Never
+    Never,
+}
+
+/// An environment variable on the command line: without a value it is to have the one that it has here, if any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    name: String,
+    value: Option<String>,
+}
+
+impl Variable {
+    /// Name and value, unless there is none.
+    pub fn resolve(&self) -> Option<(String, String)> {
+        let value = self.value.clone().or_else(|| std::env::var(&self.name).ok())?;
+        Some((self.name.clone(), value))
+    }
+}
+
+fn variable(text: &str) -> Result<Variable, String> {
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, Some(value.to_owned())),
+        None => (text, None),
+    };
+    match name {
+        "" => Err("a variable needs a name: NAME=VALUE".into()),
+        name => Ok(Variable { name: name.into(), value }),
+    }
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=').unwrap_or((text, "")) {
+        ("", _) => Err("a label needs a name: NAME=VALUE".into()),
+        (name, value) => Ok((name.into(), value.into())),
+    }
+}
+
+fn shell(text: &str) -> Result<Shell, String> {
+    match text {
+        "bash" => Ok(Shell::Bash),
+        "zsh" => Ok(Shell::Zsh),
+        "fish" => Ok(Shell::Fish),
+        _ => Err("there is one for bash, zsh and fish".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &[&str]) -> Result<Command, clap::Error> {
+        Arguments::try_parse_from(std::iter::once(&"cubby").chain(line)).map(|parsed| parsed.command)
+    }
+
+    #[test]
+    fn the_description_holds_together() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_image_is_the_commands_own() {
+        let Command::Run(run) =
+            parse(&["run", "-it", "--rm", "alpine", "--rm", "-e", "A=1", "--", "-x"]).unwrap()
+        else {
+            panic!("not run")
+        };
+        assert!(run.rm && run.streams.interactive && run.streams.tty);
+        assert_eq!(run.words, ["alpine", "--rm", "-e", "A=1", "--", "-x"]);
+        assert!(run.settings.command.env.is_empty());
+        let Command::Exec(exec) = parse(&["exec", "-w", "/tmp", "box", "ls", "-i", "-t"]).unwrap() else {
+            panic!("not exec")
+        };
+        assert!(!exec.streams.interactive && !exec.streams.tty);
+        assert_eq!(exec.words, ["box", "ls", "-i", "-t"]);
+        // An option of ours that does not exist is no image.
+        assert!(parse(&["run", "--bogus", "alpine"]).is_err());
+        assert!(parse(&["exec", "box"]).is_err());
+        assert!(parse(&["run"]).is_err());
+    }
+
+    #[test]
+    fn options_become_values() {
+        let line = [
+            "run", "-m", "1g", "--disk", "100m", "-e", "A=b=c", "-e", "EMPTY=", "-l", "mark", "--pull",
+            "never",
+        ];
+        let Command::Run(run) = parse(&[&line[..], &["--timeout", "1m30s", "x"]].concat()).unwrap() else {
+            panic!("not run")
+        };
+        let settings = run.settings;
+        assert_eq!((settings.memory, settings.disk), (Some(1024), Some(100)));
+        let env: Vec<_> = settings.command.env.iter().filter_map(Variable::resolve).collect();
+        assert_eq!(env, [("A".into(), "b=c".into()), ("EMPTY".into(), String::new())]);
+        assert_eq!(settings.label, [("mark".into(), String::new())]);
+        assert_eq!(settings.pull, Pull::Never);
+        assert_eq!(run.timeout, Some(Duration::from_secs(90)));
+        for wrong in [["-m", "512"], ["-m", "1x"], ["-e", "=1"], ["--timeout", "soon"], ["--cpus", "many"]] {
+            assert!(parse(&["run", wrong[0], wrong[1], "x"]).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_variable_without_a_value_is_taken_from_here() {
+        let path = variable("PATH").unwrap().resolve().unwrap();
+        assert_eq!(path, ("PATH".to_owned(), std::env::var("PATH").unwrap()));
+        assert_eq!(variable("CUBBY_NO_SUCH_VARIABLE").unwrap().resolve(), None);
+    }
+
+    #[test]
+    fn habits_of_docker_are_understood() {
+        for line in [
+            &["ps", "-a", "-q"][..],
+            &["list"],
+            &["rm", "-f", "a", "b"],
+            &["unpause", "a"],
+            &["stop", "-t", "3", "a"],
+        ] {
+            parse(line).unwrap();
+        }
+        assert!(
+            matches!(parse(&["stop", "-t", "3", "a"]), Ok(Command::Stop { timeout, .. }) if timeout.as_secs() == 3)
+        );
+    }
+}
