@@ -153,7 +153,7 @@ pub struct Run {
     #[arg(long, value_name = "PROGRAM")]
     pub entrypoint: Option<String>,
     /// The image, and the command with its arguments (default: the image's)
-    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE [COMMAND [ARG]")]
+    #[arg(required = true, trailing_var_arg = true, hide = true)]
     pub words: Vec<String>,
 }
 
@@ -185,7 +185,7 @@ pub struct Exec {
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// The sandbox, and the command with its arguments
-    #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_name = "NAME COMMAND [ARG]")]
+    #[arg(required = true, num_args = 2.., trailing_var_arg = true, hide = true)]
     pub words: Vec<String>,
 }
 
@@ -243,8 +243,8 @@ pub struct Settings {
     /// End the sandbox when nobody has used it for this long
     #[arg(long, value_name = "DURATION", value_parser = seconds)]
     pub idle_timeout: Option<u64>,
-    /// When to ask the registry
-    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    /// When to ask the registry: missing, always or never
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN", hide_possible_values = true)]
     pub pull: Pull,
     /// Show no progress
     #[arg(short, long)]

@@ -104,6 +104,7 @@ pub fn explain(error: &Error) -> String {
         Error::InvalidConfig(mistakes) => {
             mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
         }
+        Error::Process { name, why } if name.is_empty() => why.clone(),
         Error::HostUnsupported { .. } => format!("{error}; cubby doctor checks the rest"),
         Error::Timeout { what } => format!("{what:?} took longer than its time-out and was ended"),
         error => error.to_string(),

@@ -53,20 +53,20 @@ impl ProgressLine {
     fn text(&mut self, progress: &Progress) -> Option<String> {
         let image = &self.image;
         Some(match progress {
-            Progress::Image(ImageProgress::Resolving) => format!("{image}: asking the registry"),
-            Progress::Image(ImageProgress::Waiting) => format!("{image}: somebody else is pulling it"),
+            Progress::Image(ImageProgress::Resolving) => format!("asking for {image}"),
+            Progress::Image(ImageProgress::Waiting) => format!("waiting for somebody else to pull {image}"),
             Progress::Image(ImageProgress::Downloading { digest, bytes: done, total }) => {
                 self.layers.insert(digest.to_string(), (*done, *total));
                 let sums = self.layers.values().fold((0_u64, 0_u64), |(done, total), layer| {
                     (done.saturating_add(layer.0), total.saturating_add(layer.1))
                 });
-                format!("{image}: pulling {} {} of {}", bar(sums.0, sums.1), bytes(sums.0), bytes(sums.1))
+                format!("pulling {} {} of {}, {image}", bar(sums.0, sums.1), bytes(sums.0), bytes(sums.1))
             }
             Progress::Image(ImageProgress::Converting { bytes: done }) => {
-                format!("{image}: converting, {}", bytes(*done))
+                format!("converting {}, {image}", bytes(*done))
             }
-            Progress::Image(ImageProgress::Done) => format!("{image}: ready"),
-            Progress::Booting => format!("{image}: booting"),
+            Progress::Image(ImageProgress::Done) => format!("{image} is here"),
+            Progress::Booting => format!("booting {image}"),
             _ => return None,
         })
     }
@@ -112,6 +112,6 @@ mod tests {
         let mut line = ProgressLine::new("x", true);
         line.show(&Progress::Booting);
         assert!(line.drawn.is_none());
-        assert_eq!(line.text(&Progress::Booting).as_deref(), Some("x: booting"));
+        assert_eq!(line.text(&Progress::Booting).as_deref(), Some("booting x"));
     }
 }

@@ -22,9 +22,8 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
             "a command ends with the cubby that started it: leave the command away, and start it with cubby exec",
         ));
     }
-    let quiet = run.settings.quiet;
-    let builder = builder(run.settings, &image).ephemeral(run.rm);
-    let sandbox = make(builder, &image, quiet).await.map_err(|error| Failure::of_command(&error))?;
+    let made = make(run.settings, &image, run.rm).await;
+    let sandbox = made.map_err(|error| Failure::of_command(&error))?;
     if run.detach {
         return detach(sandbox).await.map_err(|error| Failure::of_command(&error));
     }
@@ -51,9 +50,16 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
 
 /// Stops the sandbox of a `run`. One that has ended meanwhile is where it should be.
 async fn put_away(sandbox: &Sandbox, ended: &Result<Ended, Failure>) -> Result<(), Error> {
-    let stopped = match ended {
-        Ok(Ended::Abandoned(_)) => sandbox.kill().await,
-        _ => sandbox.stop().await,
+    let stopped = async {
+        match ended {
+            Ok(Ended::Abandoned(_)) => sandbox.kill().await,
+            _ => sandbox.stop().await,
+        }
+    };
+    // Who does not want to wait for that either need not.
+    let stopped = tokio::select! {
+        stopped = stopped => stopped,
+        _ = tokio::signal::ctrl_c() => sandbox.kill().await,
     };
     match stopped {
         Err(Error::NotFound { .. }) => Ok(()),
@@ -66,9 +72,7 @@ async fn put_away(sandbox: &Sandbox, ended: &Result<Ended, Failure>) -> Result<(
 
 /// `cubby create`: a sandbox that goes on by itself.
 pub async fn create(create: Create) -> Result<u8, Failure> {
-    let quiet = create.settings.quiet;
-    let builder = builder(create.settings, &create.image).ephemeral(create.rm);
-    let sandbox = make(builder, &create.image, quiet).await?;
+    let sandbox = make(create.settings, &create.image, create.rm).await?;
     Ok(detach(sandbox).await?)
 }
 
@@ -134,8 +138,7 @@ fn command(image: &ImageDefaults, entrypoint: Option<String>, arguments: Vec<Str
     }
 }
 
-fn builder(settings: Settings, image: &str) -> SandboxBuilder {
-    let name = settings.name.unwrap_or_else(crate::name::generate);
+fn builder(name: &str, settings: Settings, image: &str) -> SandboxBuilder {
     let mut builder = Sandbox::builder(name).image(image).pull_policy(match settings.pull {
         Pull::Missing => PullPolicy::IfMissing,
         Pull::Always => PullPolicy::Always,
@@ -169,11 +172,21 @@ fn set<T>(
     }
 }
 
-/// Creates a sandbox and shows how far that is.
-async fn make(builder: SandboxBuilder, image: &str, quiet: bool) -> Result<Sandbox, Error> {
-    let mut line = ProgressLine::new(image, quiet);
+/// Creates a sandbox and shows how far that is. One that did not boot stays for `inspect`, unless nobody has named it.
+async fn make(mut settings: Settings, image: &str, ephemeral: bool) -> Result<Sandbox, Error> {
+    let named = settings.name.take();
+    let name = named.clone().unwrap_or_else(crate::name::generate);
+    let mut line = ProgressLine::new(image, settings.quiet);
+    let builder = builder(&name, settings, image).ephemeral(ephemeral);
     let (progress, create) = builder.create_with_progress();
     let (sandbox, ()) = tokio::join!(create, watch(progress, &mut line));
+    if let Err(error) = &sandbox
+        && named.is_none()
+        && !matches!(error, Error::AlreadyExists { .. })
+    {
+        // It may not have come so far as to be there.
+        let _ = Sandbox::remove(&name).await;
+    }
     sandbox
 }
 

@@ -62,7 +62,7 @@ pub async fn run(sandbox: &Sandbox, job: Job) -> Result<Ended, Failure> {
     // Before the size is asked for, so that no change is missed.
     let signals = Signals::listen().map_err(unusable)?;
     let StreamOptions { interactive, tty } = job.streams;
-    let raw = (interactive && tty).then(RawMode::enter).transpose().map_err(unusable)?;
+    let raw = (interactive && tty).then(|| RawMode::enter(io::stdin())).transpose().map_err(unusable)?;
     let ended = attach(sandbox, job, signals).await;
     drop(raw);
     ended

@@ -1,7 +1,7 @@
 //! This program's terminal: its size, and the mode in which every key is the guest's.
 
 use std::io::{self, IsTerminal};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
@@ -26,7 +26,7 @@ pub fn width_of_stdout() -> Option<usize> {
     (size.ws_col > 0).then_some(size.ws_col.into())
 }
 
-/// Standard input as a terminal in raw mode: no echo, no lines, no signals from keys. Dropping it brings the mode back
+/// A terminal in raw mode: no echo, no lines, no signals from keys. Dropping it brings the mode back
 /// that was there, when a panic unwinds too.
 pub struct RawMode {
     terminal: OwnedFd,
@@ -35,9 +35,9 @@ pub struct RawMode {
 
 impl RawMode {
     /// Takes the terminal.
-    pub fn enter() -> io::Result<Self> {
-        // A descriptor of its own: it is there for the way back whatever becomes of standard input.
-        let terminal = rustix::io::dup(io::stdin())?;
+    pub fn enter(terminal: impl AsFd) -> io::Result<Self> {
+        // A descriptor of its own: it is there for the way back whatever becomes of the one that was given.
+        let terminal = rustix::io::dup(terminal)?;
         let before = tcgetattr(&terminal)?;
         let mut raw = before.clone();
         raw.make_raw();
@@ -50,5 +50,28 @@ impl Drop for RawMode {
     fn drop(&mut self) {
         // After what was written: the guest's last output is still the raw mode's. A terminal that is gone needs nothing.
         let _ = tcsetattr(&self.terminal, OptionalActions::Drain, &self.before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pty::{OpenptFlags, openpt};
+    use rustix::termios::LocalModes;
+
+    #[test]
+    fn a_terminal_comes_back_from_a_panic() {
+        let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        let modes = || tcgetattr(&terminal).unwrap().local_modes;
+        let before = modes();
+        assert!(before.contains(LocalModes::ICANON | LocalModes::ISIG));
+        let panicked = std::panic::catch_unwind(|| {
+            let _raw = RawMode::enter(&terminal).unwrap();
+            assert!(modes().contains(LocalModes::ICANON), "this one is meant to fail");
+        });
+        assert!(panicked.is_err(), "the terminal was not raw");
+        assert_eq!(modes(), before);
+        // What is no terminal is not taken for one.
+        assert!(RawMode::enter(std::fs::File::open("/dev/null").unwrap()).is_err());
     }
 }

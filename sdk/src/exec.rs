@@ -376,6 +376,8 @@ impl ExecHandle {
 
 impl Drop for ExecHandle {
     fn drop(&mut self) {
+        // Nobody will hear of more room.
+        self.room.close();
         if !self.ended {
             const SIGKILL: i32 = 9;
             self.session.out.push(Kind::Signal, &Signal { number: SIGKILL });
