@@ -22,6 +22,7 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
             "a command ends with the cubby that started it: leave the command away, and start it with cubby exec",
         ));
     }
+    let env = run.settings.command.env.clone();
     let made = make(run.settings, &image, run.rm).await;
     let sandbox = made.map_err(|error| Failure::of_command(&error))?;
     if run.detach {
@@ -33,8 +34,9 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
         if words.is_empty() {
             return Err(Failure::own(format!("image {image} names no command: give one after it")));
         }
-        // The sandbox has the options already, for this command and for later ones.
-        let options = CommandOptions::default();
+        // The sandbox has the options already, for this command and for later ones; but TERM, if it is one of the
+        // variables, goes over ours.
+        let options = CommandOptions { env, ..CommandOptions::default() };
         session::run(&sandbox, Job { words, options, timeout: run.timeout, streams: run.streams }).await
     };
     let ended = ended.await;
