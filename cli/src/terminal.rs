@@ -48,8 +48,8 @@ impl RawMode {
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        // After what was written: the guest's last output is still the raw mode's. A terminal that is gone needs nothing.
-        let _ = tcsetattr(&self.terminal, OptionalActions::Drain, &self.before);
+        // At once: waiting for output to be read could be for ever. A terminal that is gone needs nothing.
+        let _ = tcsetattr(&self.terminal, OptionalActions::Now, &self.before);
     }
 }
 

@@ -259,6 +259,21 @@ impl ExecHandle {
     /// The way in: whoever has it can write to the command and signal it while the handle's owner waits for output.
     /// It is of use only as long as somebody calls [`Self::next`], which is what hears how much input the command
     /// takes.
+    ///
+    /// ```no_run
+    /// # async fn example(sandbox: cubbyhole::Sandbox) -> Result<(), cubbyhole::Error> {
+    /// let mut sort = sandbox.exec_stream("sort", [""; 0]).await?;
+    /// let input = sort.input();
+    /// let feed = tokio::spawn(async move {
+    ///     input.write("b\na\n").await?;
+    ///     input.close().await
+    /// });
+    /// while let Some(event) = sort.next().await {
+    ///     println!("{:?}", event?);
+    /// }
+    /// feed.await.expect("it does not panic")
+    /// # }
+    /// ```
     pub fn input(&self) -> ExecInput {
         let (out, room) = (self.session.out.clone(), self.room.clone());
         ExecInput { out, room, program: self.program.clone(), link: self.link.clone() }
