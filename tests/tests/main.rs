@@ -6,6 +6,7 @@
 mod bad_input;
 mod boot;
 mod chaos;
+mod cli;
 mod crash;
 mod endurance;
 mod exec;
@@ -20,3 +21,6 @@ mod tidy;
 
 /// The other program (`src/bin/client/main.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");
+
+/// The `cubby` command.
+const CUBBY: &str = env!("CARGO_BIN_EXE_cubby-test-cli");
