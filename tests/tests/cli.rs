@@ -86,12 +86,12 @@ async fn standard_input_passes_through_a_run_byte_for_byte() {
 #[tokio::test]
 async fn an_image_s_own_command_runs_when_none_is_given() {
     let files = tempfile::tempdir().unwrap();
-    let config = json!({ "Env": ["PATH=/usr/bin"], "Entrypoint": ["sh", "-c"], "Cmd": ["echo the image's own; exit 3"] });
+    let config = json!({ "Env": ["PATH=/usr/bin"], "Entrypoint": ["sh", "-c"], "Cmd": ["echo its own; exit 3"] });
     let reference = small_image(files.path(), &config);
     let run = ["run", "--rm", "--name", &name("cli-own"), "-m", "192m", &reference];
     let output = cubby(&run).await;
     assert_ended(&output, 3);
-    assert_eq!(text(&output.stdout), "the image's own\n");
+    assert_eq!(text(&output.stdout), "its own\n");
     let output = cubby(&[&run[..], &["echo \"$0\"; exit 4", "given"]].concat()).await;
     assert_ended(&output, 4);
     assert_eq!(text(&output.stdout), "given\n");
@@ -104,7 +104,7 @@ async fn what_is_wrong_before_a_guest_boots_is_said_and_is_125() {
     for (line, said) in [
         (&["run", &missing, "true"][..], "none"),
         (&["run", "--name", "a/b", &image()], "name is"),
-        (&["run", "--cpus", "77", &image()], "cpus is 77, but must be 1 to 32"),
+        (&["run", "--cpus", "77", &image()], "but must be 1 to 32"),
         (&["run", "-it", &image()], "standard input is none"),
         (&["run", "-m", "512", &image()], "512m or 2g"),
         (&["run", "-d", &image(), "true"], "cubby exec"),
