@@ -86,7 +86,8 @@ async fn standard_input_passes_through_a_run_byte_for_byte() {
 #[tokio::test]
 async fn an_image_s_own_command_runs_when_none_is_given() {
     let files = tempfile::tempdir().unwrap();
-    let config = json!({ "Env": ["PATH=/usr/bin"], "Entrypoint": ["sh", "-c"], "Cmd": ["echo its own; exit 3"] });
+    let config =
+        json!({ "Env": ["PATH=/usr/bin"], "Entrypoint": ["sh", "-c"], "Cmd": ["echo its own; exit 3"] });
     let reference = small_image(files.path(), &config);
     let run = ["run", "--rm", "--name", &name("cli-own"), "-m", "192m", &reference];
     let output = cubby(&run).await;
