@@ -153,7 +153,7 @@ pub struct Run {
     #[arg(long, value_name = "PROGRAM")]
     pub entrypoint: Option<String>,
     /// The image, and the command with its arguments (default: the image's)
-    #[arg(required = true, trailing_var_arg = true, hide = true)]
+    #[arg(required = true, trailing_var_arg = true, hide = true, value_name = "IMAGE")]
     pub words: Vec<String>,
 }
 
@@ -185,7 +185,7 @@ pub struct Exec {
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// The sandbox, and the command with its arguments
-    #[arg(required = true, num_args = 2.., trailing_var_arg = true, hide = true)]
+    #[arg(required = true, num_args = 2.., trailing_var_arg = true, hide = true, value_name = "NAME COMMAND")]
     pub words: Vec<String>,
 }
 
