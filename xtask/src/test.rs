@@ -16,7 +16,7 @@ use crate::{assets, deny, images, kvm, packages, process, runner, workspace};
 const ON_KVM: [&str; 4] = ["cubby-vmm", "cubbyhole", "cubby-benches", "cubby-tests"];
 
 /// Modules of the end-to-end tests that are the second lane's.
-const SHARE: [&str; 5] = ["chaos::", "endurance::", "flow::", "image::", "many::"];
+const SHARE: [&str; 6] = ["chaos::", "cli::", "endurance::", "flow::", "image::", "many::"];
 
 /// Runs every check, the later ones too when one has failed, and says at the end which did.
 pub fn run() -> Result<()> {

@@ -7,7 +7,8 @@
 use std::time::Duration;
 
 use cubby_tests::{
-    cpu_ticks, discard, host_time, process, python, refused_as, sandbox, shell, sleeps, until, within,
+    cpu_ticks, discard, host_time, next_output, process, python, refused_as, sandbox, shell, sleeps, until,
+    within,
 };
 use cubbyhole::{ExecEvent, ExecHandle, ExitReason, Sandbox, Status};
 use tokio::sync::OnceCell;
@@ -132,19 +133,13 @@ impl Clocks {
     /// Those of the guest between two looks at the host's, as near to each other as they come.
     async fn between_two_of_the_host(sandbox: &Sandbox) -> (Duration, Self, Duration) {
         let mut program = within("start", sandbox.exec_stream("python3", ["-c", CLOCKS])).await.unwrap();
-        let line = async |program: &mut ExecHandle| loop {
-            match within("the time", program.next()).await.unwrap().unwrap() {
-                ExecEvent::Stdout(bytes) => break Self::of(std::str::from_utf8(&bytes).unwrap()),
-                ExecEvent::Started { .. } => {}
-                other => panic!("{other:?}"),
-            }
-        };
-        line(&mut program).await;
+        next_output(&mut program).await;
         let mut looks = Vec::new();
         for _ in 0..10 {
             let before = host_time();
             program.write_stdin("\n").await.unwrap();
-            looks.push((before, line(&mut program).await, host_time()));
+            let clocks = Self::of(&next_output(&mut program).await);
+            looks.push((before, clocks, host_time()));
         }
         looks.into_iter().min_by_key(|(before, _, after)| *after - *before).unwrap()
     }

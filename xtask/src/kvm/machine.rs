@@ -20,7 +20,7 @@ use crate::{kernel, packages, process, workspace};
 /// How the machine's processors run.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Two processors, as fast as they go.
+    /// As fast as it goes.
     Normal,
     /// One processor on an instruction clock: 1 instruction is 1 ns.
     Icount,
