@@ -12,8 +12,29 @@ impl SessionId {
     pub const CONNECTION: Self = Self(0);
 }
 
+/// What a frame does on a client's connection, which is all that a relay has to know of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// About the connection itself: [`Kind::Hello`], [`Kind::Fatal`], [`Kind::Ping`], [`Kind::Pong`].
+    Connection,
+    /// On the agent's control connection alone.
+    Control,
+    /// Between an application and the sandbox process.
+    Call,
+    /// An application's: opens the session that it names.
+    Opens,
+    /// An application's, in an open session.
+    ToGuest,
+    /// The agent's, in an open session.
+    FromGuest,
+    /// Either side's, in an open session.
+    Both,
+    /// Whoever has the session's other end: ends it.
+    Ends,
+}
+
 macro_rules! kinds {
-    ($($(#[$doc:meta])* $name:ident = $value:literal,)*) => {
+    ($($(#[$doc:meta])* $name:ident = $value:literal, $role:ident;)*) => {
         /// What a frame is. The value is the byte on the wire.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u8)]
@@ -22,6 +43,11 @@ macro_rules! kinds {
         impl Kind {
             /// Every kind, in the order of its byte.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// What it does on a client's connection.
+            pub fn role(self) -> Role {
+                match self { $(Self::$name => Role::$role,)* }
+            }
         }
 
         impl TryFrom<u8> for Kind {
@@ -35,62 +61,62 @@ macro_rules! kinds {
 
 kinds! {
     /// First frame each way: [`crate::Hello`].
-    Hello = 0x01,
+    Hello = 0x01, Connection;
     /// The sender cannot go on and closes the connection: [`crate::message::Fatal`].
-    Fatal = 0x02,
+    Fatal = 0x02, Connection;
     /// Asks the peer for a [`Kind::Pong`] with the same session and payload; the session need not be open.
-    Ping = 0x03,
+    Ping = 0x03, Connection;
     /// Answers a [`Kind::Ping`].
-    Pong = 0x04,
+    Pong = 0x04, Connection;
 
     /// Sandbox process to agent, once, on the control connection: [`crate::message::GuestConfig`].
-    Configure = 0x10,
+    Configure = 0x10, Control;
     /// Agent to sandbox process: the guest takes sessions from now on: [`crate::message::GuestReady`].
-    Ready = 0x11,
+    Ready = 0x11, Control;
     /// Agent to sandbox process: set-up failed: [`crate::message::SetupFailed`].
-    SetupFailed = 0x12,
+    SetupFailed = 0x12, Control;
     /// Sandbox process to agent: end every process, sync and power off: [`crate::message::Shutdown`].
-    Shutdown = 0x13,
+    Shutdown = 0x13, Control;
     /// Agent to sandbox process: disks are synced and power-off follows. No payload.
-    PoweringOff = 0x14,
+    PoweringOff = 0x14, Control;
     /// Sandbox process to agent: the wall clock is now this: [`crate::message::SetClock`].
-    SetClock = 0x15,
+    SetClock = 0x15, Control;
 
     /// Application to sandbox process: [`crate::message::Request`]; the session names the call.
-    Request = 0x20,
+    Request = 0x20, Call;
     /// Answers a [`Kind::Request`] of the same session: [`crate::message::Reply`].
-    Reply = 0x21,
+    Reply = 0x21, Call;
 
     /// Opens a session: [`crate::message::Open`].
-    Open = 0x40,
+    Open = 0x40, Opens;
     /// The command runs: [`crate::message::Started`].
-    Started = 0x41,
+    Started = 0x41, FromGuest;
     /// Raw bytes of standard output, or of the terminal.
-    Stdout = 0x42,
+    Stdout = 0x42, FromGuest;
     /// Raw bytes of standard error.
-    Stderr = 0x43,
+    Stderr = 0x43, FromGuest;
     /// The command ended and all of its output was sent; ends the session: [`crate::message::Exited`].
-    Exited = 0x44,
+    Exited = 0x44, Ends;
     /// The command could not run; ends the session: [`crate::message::ExecFailed`].
-    Failed = 0x45,
+    Failed = 0x45, Ends;
     /// Nobody took the session; ends it: [`crate::message::Refused`].
-    Refused = 0x46,
+    Refused = 0x46, Ends;
     /// Raw bytes for standard input.
-    Stdin = 0x47,
+    Stdin = 0x47, ToGuest;
     /// End of standard input. No payload.
-    StdinClose = 0x48,
+    StdinClose = 0x48, ToGuest;
     /// Sends a signal to the command's process group: [`crate::message::Signal`].
-    Signal = 0x49,
+    Signal = 0x49, ToGuest;
     /// The terminal's new size: [`crate::message::TtySize`].
-    Resize = 0x4a,
+    Resize = 0x4a, ToGuest;
     /// The receiver of bulk data is ready for more: [`crate::message::Credit`].
-    Credit = 0x4b,
+    Credit = 0x4b, Both;
 }
 
 impl Kind {
     /// Whether this frame ends its session.
     pub fn ends_session(self) -> bool {
-        matches!(self, Self::Exited | Self::Failed | Self::Refused)
+        self.role() == Role::Ends
     }
 }
 

@@ -26,7 +26,7 @@ pub mod message;
 mod scanner;
 
 pub use codec::{decode, encode, encode_raw};
-pub use frame::{Decoder, Frame, FrameError, Header, Kind, SessionId};
+pub use frame::{Decoder, Frame, FrameError, Header, Kind, Role, SessionId};
 pub use hello::{Hello, VersionMismatch};
 pub use scanner::Scanner;
 

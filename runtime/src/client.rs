@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use cubby_protocol::message::{Fatal, Refused, Reply, Request};
 use cubby_protocol::{
-    AGENT_PORT, Decoder, FrameError, Header, Hello, Kind, Scanner, SessionId, decode, encode,
+    AGENT_PORT, Decoder, FrameError, Header, Hello, Kind, Role, Scanner, SessionId, decode, encode,
 };
 use cubby_vmm::devices::vsock::{Port, StreamId, Vsock};
 use serde::Serialize;
@@ -237,23 +237,25 @@ impl Client {
             }
             return Ok(());
         }
-        match header.kind {
-            Kind::Request => calls.push(Call { session: header.session, request: decode(payload)? }),
-            Kind::Open => match gate {
+        match (header.kind.role(), header.kind) {
+            (Role::Call, Kind::Request) => {
+                calls.push(Call { session: header.session, request: decode(payload)? });
+            }
+            (Role::Opens, _) => match gate {
                 Gate::Closed(why) => self.say(Kind::Refused, header.session, why),
                 Gate::Open if !self.sessions.insert(header.session) => {
                     self.say(Kind::Refused, header.session, &Refused::SessionInUse);
                 }
                 Gate::Open => self.forward(bytes, vsock),
             },
-            Kind::Ping => self.forward(bytes, vsock),
-            Kind::Stdin | Kind::StdinClose | Kind::Signal | Kind::Resize | Kind::Credit => {
+            (Role::Connection, Kind::Ping) => self.forward(bytes, vsock),
+            (Role::ToGuest | Role::Both, _) => {
                 // A frame for a session that has just ended is no mistake of the sender's.
                 if self.sessions.contains(&header.session) {
                     self.forward(bytes, vsock);
                 }
             }
-            kind => {
+            (_, kind) => {
                 return Err(FrameError::Malformed {
                     what: "application frame",
                     why: format!("{kind:?} is not an application's to send"),
@@ -362,7 +364,7 @@ fn check_agent(scanner: &mut Scanner, bytes: &[u8], sessions: &mut HashSet<Sessi
 
 /// What an agent sends on a client's stream after its Hello.
 fn agent_may_send(kind: Kind) -> bool {
-    matches!(kind, Kind::Pong | Kind::Started | Kind::Stdout | Kind::Stderr | Kind::Credit | Kind::Fatal)
+    matches!(kind, Kind::Pong | Kind::Fatal) || matches!(kind.role(), Role::FromGuest | Role::Both)
 }
 
 /// Writes some of `bytes`; `None` if the socket takes nothing now.
