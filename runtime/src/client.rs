@@ -52,6 +52,8 @@ pub(crate) struct Client {
     socket: UnixStream,
     readable: bool,
     writable: bool,
+    /// The kernel is asked to say when the socket can be written again.
+    awaits_room: bool,
     /// The application's Hello has come.
     greeted: bool,
     from_app: Decoder,
@@ -75,6 +77,7 @@ impl Client {
             socket,
             readable: true,
             writable: true,
+            awaits_room: false,
             greeted: false,
             from_app: Decoder::default(),
             to_guest: Vec::new(),
@@ -107,6 +110,12 @@ impl Client {
     pub(crate) fn wake(&mut self, readable: bool, writable: bool) {
         self.readable |= readable;
         self.writable |= writable;
+    }
+
+    /// Whether the kernel is to say when the socket can be written again, if that has changed.
+    pub(crate) fn awaits_room(&mut self) -> Option<bool> {
+        let before = std::mem::replace(&mut self.awaits_room, !self.writable);
+        (before != self.awaits_room).then_some(self.awaits_room)
     }
 
     /// The agent takes connections from now on.

@@ -123,8 +123,7 @@ impl Relay {
             }
             self.next_id = self.next_id.wrapping_add(1).max(1);
             let id = self.next_id;
-            let interest = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-            if ops.add(Events::with_data(client.socket(), id, interest)).is_err() {
+            if ops.add(Events::with_data(client.socket(), id, interest(false))).is_err() {
                 continue;
             }
             if self.agent_ready {
@@ -146,7 +145,13 @@ impl Relay {
         let mut calls = Vec::new();
         for id in std::mem::take(&mut self.awake) {
             let Some(client) = self.clients.get_mut(&id) else { continue };
-            match client.pump(vsock, gate, &mut calls) {
+            let mut outcome = client.pump(vsock, gate, &mut calls);
+            if let Some(for_room) = client.awaits_room()
+                && ops.modify(Events::with_data(client.socket(), id, interest(for_room))).is_err()
+            {
+                outcome = Err(Gone);
+            }
+            match outcome {
                 Ok(true) => self.awake.push(id),
                 Ok(false) => {}
                 Err(Gone) => self.remove(id, vsock, ops),
@@ -178,6 +183,13 @@ impl Relay {
             self.awake.push(asked.client);
         }
     }
+}
+
+/// What to be told of a client's socket. Of room only while it is full: whenever the application reads there is more room,
+/// and each time that would be a turn of the event loop for nothing.
+fn interest(for_room: bool) -> EventSet {
+    let room = if for_room { EventSet::OUT } else { EventSet::empty() };
+    EventSet::IN | EventSet::EDGE_TRIGGERED | room
 }
 
 fn connect(id: ClientId, client: &mut Client, vsock: &mut Vsock, streams: &mut HashMap<StreamId, ClientId>) {

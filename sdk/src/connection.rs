@@ -5,6 +5,9 @@
 //! ([`cubby_protocol::INITIAL_WINDOW`]): credit goes back only as its reader takes bytes out.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,12 +18,11 @@ use cubby_protocol::{
     Decoder, Frame, FrameError, Hello, INITIAL_WINDOW, Kind, SessionId, decode, encode, encode_raw,
 };
 use serde::Serialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::net::unix::OwnedReadHalf;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::outbox::{Broken, Outbox};
+use crate::outbox::{Broken, Outbox, watch};
 
 /// A frame of one session, taken off the connection.
 #[derive(Debug)]
@@ -119,11 +121,13 @@ impl Routes {
 impl Connection {
     /// Connects to the sandbox process behind `socket`.
     pub(crate) async fn open(socket: &Path) -> Result<Self, ConnectionError> {
-        let (mut reader, mut writer) = UnixStream::connect(socket).await?.into_split();
-        // Whoever turns us away says why and closes, perhaps before this is written: what was said counts.
-        let written = writer.write_all(&Hello::OURS.to_frame()).await;
+        let socket = Arc::new(tokio::net::UnixStream::connect(socket).await?.into_std()?);
+        // Whoever turns us away says why and closes, perhaps before this is written: what was said counts. A new
+        // socket has room for it.
+        let written = (&*socket).write_all(&Hello::OURS.to_frame());
+        let reader = Reader(watch(socket.clone(), Interest::READABLE)?);
         let mut decoder = Decoder::default();
-        greet(&mut reader, &mut decoder).await?;
+        greet(&reader, &mut decoder).await?;
         written?;
         let routes = Arc::new(Routes::default());
         let (report, ended) = watch::channel(None);
@@ -136,7 +140,7 @@ impl Connection {
                 routes.lock().clear();
             }
         });
-        Ok(Self { outbox: Outbox::new(writer), routes, next_session: AtomicU32::new(1), ended, reader })
+        Ok(Self { outbox: Outbox::new(socket), routes, next_session: AtomicU32::new(1), ended, reader })
     }
 
     /// Why the connection ended, if it has.
@@ -270,7 +274,7 @@ impl SessionOut {
 }
 
 /// Reads up to and including the peer's Hello.
-async fn greet(reader: &mut OwnedReadHalf, decoder: &mut Decoder) -> Result<(), ConnectionError> {
+async fn greet(reader: &Reader, decoder: &mut Decoder) -> Result<(), ConnectionError> {
     loop {
         if let Some(frame) = decoder.next_frame()? {
             return match frame.header.kind {
@@ -284,26 +288,44 @@ async fn greet(reader: &mut OwnedReadHalf, decoder: &mut Decoder) -> Result<(), 
                 kind => Err(ConnectionError::Refused(format!("it began with {kind:?}"))),
             };
         }
-        fill(reader, decoder).await?;
+        reader.fill(decoder).await?;
     }
 }
 
-async fn fill(reader: &mut OwnedReadHalf, decoder: &mut Decoder) -> Result<(), ConnectionError> {
-    let count = reader.read(decoder.space()).await?;
-    decoder.filled(count);
-    if count == 0 { Err(ConnectionError::Closed) } else { Ok(()) }
+/// The receiving end of a connection: a socket that is watched for bytes, and not for room. [`Outbox`] says why.
+struct Reader(AsyncFd<Arc<UnixStream>>);
+
+impl Reader {
+    /// Waits for bytes and reads once.
+    async fn fill(&self, decoder: &mut Decoder) -> Result<(), ConnectionError> {
+        loop {
+            // This way of waiting yields now and then to the program's other tasks, whatever a guest sends.
+            let mut ready = poll_fn(|context| self.0.poll_read_ready(context)).await?;
+            let space = decoder.space();
+            match ready.get_inner().as_ref().read(space) {
+                Ok(0) => return Err(ConnectionError::Closed),
+                Ok(count) => {
+                    // A short read has emptied the socket, and whatever comes later is a new event.
+                    if count < space.len() {
+                        ready.clear_ready();
+                    }
+                    decoder.filled(count);
+                    return Ok(());
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => ready.clear_ready(),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
 }
 
-async fn read_frames(
-    mut reader: OwnedReadHalf,
-    mut decoder: Decoder,
-    routes: &Routes,
-) -> Result<(), ConnectionError> {
+async fn read_frames(reader: Reader, mut decoder: Decoder, routes: &Routes) -> Result<(), ConnectionError> {
     loop {
         while let Some(frame) = decoder.next_frame()? {
             route(&frame, routes)?;
         }
-        fill(&mut reader, &mut decoder).await?;
+        reader.fill(&mut decoder).await?;
     }
 }
 
