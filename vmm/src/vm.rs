@@ -243,7 +243,7 @@ const MAX_DISKS: usize = (layout::GSI_END - layout::VIRTIO_GSI) as usize - 2;
 /// The embedder's command line, and where the virtio windows are.
 fn command_line(given: &str, windows: usize) -> String {
     let mut line = given.to_owned();
-    for (window, gsi) in (0..windows as u64).zip(layout::VIRTIO_GSI..) {
+    for (window, gsi) in (0..windows as u64).zip(layout::virtio_gsis()) {
         let address = layout::VIRTIO_MMIO + window * layout::VIRTIO_MMIO_SIZE;
         line.push_str(&format!(" virtio_mmio.device=4K@{address:#x}:{gsi}"));
     }
@@ -261,7 +261,7 @@ impl Devices<'_> {
     fn add(&mut self, device: Arc<Mutex<dyn Device>>) -> Result<DeviceLoop, Error> {
         const QUEUE_NOTIFY: u64 = 0x50;
         let (window, gsi) =
-            (0u64..).zip(layout::VIRTIO_GSI..).nth(self.transports.len()).unwrap_or((0, layout::GSI_END));
+            (0u64..).zip(layout::virtio_gsis()).nth(self.transports.len()).unwrap_or((0, layout::GSI_END));
         let line = line(self.vm, gsi)?;
         let notify = layout::VIRTIO_MMIO + window * layout::VIRTIO_MMIO_SIZE + QUEUE_NOTIFY;
         let queues = u32::try_from(lock(&device).queue_sizes().len()).unwrap_or(u32::MAX);

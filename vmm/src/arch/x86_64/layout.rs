@@ -52,5 +52,14 @@ pub(crate) const I8042_PORT: u16 = 0x60;
 /// I/O APIC pins for virtio devices, first and one past the last.
 pub(crate) const VIRTIO_GSI: u32 = 5;
 pub(crate) const GSI_END: u32 = 24;
+/// The pin that KVM takes for a real-time clock's, whoever has it: it wants to see the end of each of its interrupts, which
+/// is an exit that the others do without (paravirtual EOI).
+const RTC_GSI: u32 = 8;
+
+/// The pins for virtio devices in the order in which they are given out.
+pub(crate) fn virtio_gsis() -> impl Iterator<Item = u32> {
+    (VIRTIO_GSI..GSI_END).filter(|gsi| *gsi != RTC_GSI).chain([RTC_GSI])
+}
+
 /// Most vCPUs: the MP table's place holds so many.
 pub(crate) const MAX_VCPUS: u8 = 32;
