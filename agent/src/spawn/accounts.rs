@@ -33,6 +33,8 @@ pub struct Unknown(pub String);
 pub struct Accounts {
     passwd: Watched,
     group: Watched,
+    /// The last answer and its question, as long as both files are what they were: commands tend to run as one user.
+    last: Option<(String, Account)>,
 }
 
 impl Default for Accounts {
@@ -45,14 +47,21 @@ impl Accounts {
     /// The accounts of `directory/passwd` and `directory/group`.
     pub fn at(directory: &Path) -> Self {
         let watched = |name| Watched { path: directory.join(name), ..Watched::default() };
-        Self { passwd: watched("passwd"), group: watched("group") }
+        Self { passwd: watched("passwd"), group: watched("group"), last: None }
     }
 
     /// Finds whom `user` means; empty means root.
     pub fn find(&mut self, user: &str) -> Result<Account, Unknown> {
-        self.passwd.refresh();
-        self.group.refresh();
-        resolve(user, &self.passwd.text, &self.group.text)
+        // Both, whether or not the first has changed.
+        if self.passwd.refresh() | self.group.refresh() {
+            self.last = None;
+        }
+        if let Some((_, account)) = self.last.as_ref().filter(|(question, _)| question == user) {
+            return Ok(account.clone());
+        }
+        let account = resolve(user, &self.passwd.text, &self.group.text)?;
+        self.last = Some((user.into(), account.clone()));
+        Ok(account)
     }
 }
 
@@ -64,7 +73,8 @@ struct Watched {
 }
 
 impl Watched {
-    fn refresh(&mut self) {
+    /// Reads the file again if it changed, and says whether it did.
+    fn refresh(&mut self) -> bool {
         let now = std::fs::metadata(&self.path).ok().filter(|meta| meta.is_file()).map(|meta| {
             [
                 meta.dev().cast_signed(),
@@ -74,10 +84,12 @@ impl Watched {
                 meta.mtime_nsec(),
             ]
         });
-        if now != self.seen {
+        let changed = now != self.seen;
+        if changed {
             self.text = read(&self.path).unwrap_or_default();
             self.seen = now;
         }
+        changed
     }
 }
 
@@ -194,6 +206,11 @@ mod tests {
         assert_eq!(accounts.find("ann"), Err(Unknown("ann".into())));
         std::fs::write(directory.join("passwd"), PASSWD).unwrap();
         assert_eq!(accounts.find("ann").unwrap().credentials.uid, 1000);
+        // Another question is not given the last answer.
+        assert_eq!(accounts.find("77").unwrap().credentials.uid, 1077);
+        assert_eq!(accounts.find("ann").unwrap().credentials.groups, []);
+        std::fs::write(directory.join("group"), "new:x:9:ann\n").unwrap();
+        assert_eq!(accounts.find("ann").unwrap().credentials.groups, [9]);
         std::fs::write(directory.join("passwd"), "ann:x:5:5::/a:\n").unwrap();
         assert_eq!(accounts.find("ann").unwrap().credentials.uid, 5);
         std::fs::remove_dir_all(&directory).unwrap();
