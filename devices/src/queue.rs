@@ -9,7 +9,7 @@
 //! A broken ring or chain sets DEVICE_NEEDS_RESET, is kept in [`Queue::failure`], and ends the queue's work.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -141,6 +141,29 @@ impl Queue {
     /// The device's signals, for a device that has a configuration change to announce.
     pub fn signals(&self) -> &Arc<Signals> {
         &self.signals
+    }
+
+    /// Asks the driver of an empty queue to notify not of the next chain but of the one after it, for a device that has
+    /// no use for the next alone. Whether it was asked: not without EVENT_IDX. If it was not, the device has to look,
+    /// for chains may have come meanwhile that the driver has not announced. A batch that finds the queue empty asks
+    /// for the next chain again.
+    pub fn await_second(&mut self) -> bool {
+        if self.failure.is_some() || !self.ring.event_idx_enabled() || !self.is_empty() {
+            return false;
+        }
+        // avail_event lies behind the used ring's elements (§2.7.8).
+        let offset = 4 + 8 * u64::from(self.ring.size());
+        let event = self.ring.next_avail().wrapping_add(1).to_le();
+        let Some(address) = self.ring.used_ring().checked_add(offset).map(GuestAddress) else { return false };
+        let asked = self.memory.store(event, address, Ordering::Relaxed).is_ok();
+        // The driver reads avail_event after it has written its index.
+        fence(Ordering::SeqCst);
+        asked && self.is_empty()
+    }
+
+    fn is_empty(&self) -> bool {
+        let available = self.ring.avail_idx(&self.memory, Ordering::Acquire);
+        available.is_ok_and(|index| index.0 == self.ring.next_avail())
     }
 
     /// Interrupts the driver, if it asked for that, for what [`Batch::end_quietly`] has ended.

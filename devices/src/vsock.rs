@@ -142,7 +142,7 @@ pub enum VsockEvent {
     PeerShutdown(StreamId, How),
     /// The stream is over and its id is forgotten. The last event of every stream.
     Closed(StreamId, Reason),
-    /// One round of sending was not enough: poll again, after whatever else is to do.
+    /// One round of sending or taking was not enough: poll again, after whatever else is to do.
     Again,
 }
 
@@ -159,6 +159,10 @@ pub struct Vsock {
     patient: bool,
     /// Packets taken of which the guest was not told.
     untold: u32,
+    /// The guest does not announce its next packet.
+    silent: bool,
+    /// A round of [`Vsock::look`] ended before there was nothing left to take.
+    unread: bool,
 }
 
 impl Vsock {
@@ -171,24 +175,31 @@ impl Vsock {
             unfinished: false,
             patient: false,
             untold: 0,
+            silent: false,
+            unread: false,
         }
     }
 
     /// Lets the guest wait for the news that its packets were taken until there is something for it to receive,
     /// or many of them: of a question and its answer, the guest then takes one interrupt instead of two, each of
-    /// which costs two exits. The owner promises to call [`Vsock::tell`] some milliseconds after
-    /// [`Vsock::has_untold`], for the guest frees what it sent only then.
+    /// which costs two exits. And lets the guest not announce the first packet after a question: Linux sends its credit
+    /// when it has read the last byte there is, and then the answer, which announces both. The owner promises to call
+    /// [`Vsock::tell`] some milliseconds after [`Vsock::has_untold`], for the guest frees what it sent only then, and a
+    /// packet that no other follows is seen only then.
     pub fn be_patient(&mut self) {
         self.patient = true;
     }
 
-    /// Whether the guest waits for the news that its packets were taken.
+    /// Whether the guest waits for the news that its packets were taken, or need not have announced one.
     pub fn has_untold(&self) -> bool {
-        self.untold > 0
+        self.untold > 0 || self.silent
     }
 
-    /// Tells the guest which packets were taken.
+    /// Takes what the guest has not announced, and tells it which packets were taken.
     pub fn tell(&mut self) {
+        if self.silent {
+            self.look();
+        }
         if std::mem::take(&mut self.untold) > 0
             && let [_, Some(tx), _] = &mut self.queues
         {
@@ -247,7 +258,31 @@ impl Vsock {
         let taken = sent + self.mux.buffer(id, data.get(sent..).unwrap_or(&[]));
         // What waits for credit may have to ask for it; what waits for buffers has none now.
         self.pump();
+        if self.patient {
+            self.await_answer(id, sent > 0 && taken == data.len());
+        }
         taken
+    }
+
+    /// After bytes went to the guest: its next packet is its credit for them, and worth nothing alone, unless the credit
+    /// is needed.
+    fn await_answer(&mut self, id: StreamId, sent: bool) {
+        let [_, Some(tx), _] = &mut self.queues else { return };
+        if sent && self.mux.has_credit_to_spare(id) {
+            self.silent = tx.await_second();
+            if self.silent {
+                return;
+            }
+        } else if !self.silent {
+            return;
+        }
+        self.look();
+    }
+
+    /// Takes the guest's packets without having been told of any.
+    fn look(&mut self) {
+        self.unread = self.receive() == Progress::More;
+        self.pump();
     }
 
     /// How many bytes [`Vsock::send`] takes at least.
@@ -293,7 +328,12 @@ impl Vsock {
         if self.unfinished {
             self.pump();
         }
-        self.mux.poll_event().or_else(|| self.unfinished.then_some(VsockEvent::Again))
+        let event = self.mux.poll_event();
+        if event.is_none() && self.unread {
+            self.look();
+            return Some(VsockEvent::Again);
+        }
+        event.or_else(|| self.unfinished.then_some(VsockEvent::Again))
     }
 
     /// What was dropped or refused so far.
@@ -325,6 +365,7 @@ impl Vsock {
 
     /// Takes the guest's packets, one round at most.
     fn receive(&mut self) -> Progress {
+        self.silent = false;
         let [_, Some(tx), _] = &mut self.queues else { return Progress::Idle };
         let mut batch = tx.batch();
         while let Some(mut chain) = batch.next() {
@@ -404,6 +445,7 @@ impl Device for Vsock {
     fn driver_gone(&mut self) {
         self.transport_reset = false;
         self.untold = 0;
+        (self.silent, self.unread) = (false, false);
         self.mux.end_all();
     }
 }

@@ -30,7 +30,8 @@ const SIGNALS: u32 = u32::MAX - 2;
 /// How long an attached sandbox has to end once its application is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// How long the guest waits for the news that its packets were taken, when it receives nothing.
+/// How long the guest waits for the news that its packets were taken, when it receives nothing; and a packet that it need
+/// not announce for being seen, when no other follows.
 const TELL_AFTER: Duration = Duration::from_millis(10);
 
 /// What the guest's processes get of a stop's time-out between TERM and KILL; the rest is for sync.
@@ -169,6 +170,10 @@ impl Supervisor<'_> {
                     self.relay.on_socket(event, &mut ops, &mut vsock);
                 }
             }
+        }
+        if self.tell.is_some_and(|tell| tell <= Instant::now()) {
+            self.tell = None;
+            vsock.tell();
         }
         let mut again = false;
         while let Some(event) = vsock.poll_event() {
@@ -430,11 +435,7 @@ impl Supervisor<'_> {
     }
 
     fn on_time(&mut self, vsock: &mut Vsock) {
-        let now = Instant::now();
-        if self.tell.is_some_and(|tell| tell <= now) {
-            vsock.tell();
-        }
-        self.tell = vsock.has_untold().then(|| self.tell.unwrap_or(now + TELL_AFTER));
+        self.tell = vsock.has_untold().then(|| self.tell.unwrap_or_else(|| Instant::now() + TELL_AFTER));
         while let Some(due) = self.policies.due(self.status, self.relay.sessions(), Instant::now()) {
             match due {
                 Due::Boot => {

@@ -347,6 +347,11 @@ impl Mux {
         !self.has_outgoing() && self.streams.get(&id).is_some_and(Stream::may_bypass)
     }
 
+    /// Whether nobody waits for credit, and a stream has so much that its next may come late.
+    pub(super) fn has_credit_to_spare(&self, id: StreamId) -> bool {
+        !self.has_outgoing() && self.streams.get(&id).is_some_and(Stream::has_credit_to_spare)
+    }
+
     /// Writes the front of `data` into a receive buffer, past the send buffer. Returns how much of it, and the
     /// packet's bytes. Only after [`Mux::may_bypass`].
     pub(super) fn send_now(

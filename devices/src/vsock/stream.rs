@@ -303,6 +303,11 @@ impl Stream {
         self.peer_alloc.saturating_sub(self.sent.wrapping_sub(self.peer_forwarded))
     }
 
+    /// Whether the guest has room for as much again as it has not made room for yet.
+    pub(super) fn has_credit_to_spare(&self) -> bool {
+        self.outgoing.is_empty() && self.free_at_peer() >= self.peer_alloc / 2
+    }
+
     fn ask_if_stuck(&mut self) {
         let stuck = self.phase == Phase::Open && !self.outgoing.is_empty() && self.free_at_peer() == 0;
         if stuck && !self.asked {
