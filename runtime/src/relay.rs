@@ -68,6 +68,11 @@ impl Relay {
         self.clients.values().map(Client::sessions).sum()
     }
 
+    /// Those of them that a drain waits for.
+    pub(crate) fn working(&self) -> usize {
+        self.clients.values().map(Client::working).sum()
+    }
+
     pub(crate) fn clients(&self) -> u16 {
         u16::try_from(self.clients.len()).unwrap_or(u16::MAX)
     }
