@@ -111,7 +111,8 @@ fn interfaces(dev: &str) -> Vec<GuestInterface> {
         let (name, counts) = line.split_once(':')?;
         let counts: Vec<u64> = numbers(counts).collect();
         // Eight columns of what was received, then as many of what was sent; bytes and packets are the first.
-        let [received_bytes, received_packets, _, _, _, _, _, _, sent_bytes, sent_packets, ..] = counts[..] else {
+        let [received_bytes, received_packets, _, _, _, _, _, _, sent_bytes, sent_packets, ..] = counts[..]
+        else {
             return None;
         };
         let name = name.trim().into();
@@ -138,7 +139,8 @@ mod tests {
 
     #[test]
     fn processor_time_is_that_of_all_together() {
-        let stat = "cpu  1 2 3 4 5 6 7 8 9 0\ncpu0 1 1 1 1 1 1 1 1 1 1\ncpu1 0 1 2 3 4 5 6 7 8 9\nintr 5 cpu\n";
+        let stat =
+            "cpu  1 2 3 4 5 6 7 8 9 0\ncpu0 1 1 1 1 1 1 1 1 1 1\ncpu1 0 1 2 3 4 5 6 7 8 9\nintr 5 cpu\n";
         let (cpu, cpus) = cpu(stat);
         assert_eq!(cpus, 2);
         assert_eq!((cpu.user_ns, cpu.idle_ns, cpu.steal_ns), (10_000_000, 40_000_000, 80_000_000));

@@ -405,8 +405,7 @@ mod tests {
 
     #[test]
     fn frames_that_an_agent_may_not_send_end_the_connection() {
-        let allowed =
-            [0x02, 0x04, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x4b, 0x61, 0x63, 0x64, 0x66, 0x69];
+        let allowed = [0x02, 0x04, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x4b, 0x61, 0x63, 0x64, 0x66, 0x69];
         let mut seen = 0;
         for byte in 0..=u8::MAX {
             let Ok(kind) = Kind::try_from(byte) else { continue };
@@ -429,9 +428,19 @@ mod tests {
     }
 
     #[test]
+    fn a_drain_waits_for_work_and_not_for_who_listens() {
+        let mut client = Client::new(UnixStream::pair().unwrap().0);
+        for kind in [Kind::Open, Kind::Subscribe, Kind::Emit, Kind::Measure] {
+            client.sessions.insert(SessionId(kind as u32), kind.role());
+        }
+        assert_eq!((client.sessions(), client.working()), (4, 3));
+    }
+
+    #[test]
     fn sessions_are_over_when_the_relay_sees_their_end_and_not_before() {
         let [one, two] = [SessionId(1), SessionId(2)];
-        let (mut scanner, mut sessions) = (Scanner::default(), HashMap::from([one, two].map(|id| (id, Role::Opens))));
+        let (mut scanner, mut sessions) =
+            (Scanner::default(), HashMap::from([one, two].map(|id| (id, Role::Opens))));
         let mut from_agent = |bytes: &[u8], left: &[SessionId]| {
             check_agent(&mut scanner, bytes, &mut sessions).unwrap();
             assert_eq!(sessions, left.iter().map(|id| (*id, Role::Opens)).collect());

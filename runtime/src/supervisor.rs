@@ -421,11 +421,17 @@ impl Supervisor<'_> {
         }
     }
 
+    /// What counts as use, and as work that a drain waits for: whoever only listens uses the sandbox, and has nothing
+    /// to finish.
+    fn busy(&self) -> usize {
+        if self.status == Status::Draining { self.relay.working() } else { self.relay.sessions() }
+    }
+
     /// How long to wait for something to happen until time alone makes it.
     fn wait(&self) -> Option<Duration> {
         let now = Instant::now();
         let tell = self.tell.map(|tell| tell.saturating_duration_since(now));
-        let policies = self.policies.wait(self.status, self.relay.sessions(), now);
+        let policies = self.policies.wait(self.status, self.busy(), now);
         [tell, policies].into_iter().flatten().min()
     }
 
@@ -435,7 +441,7 @@ impl Supervisor<'_> {
             vsock.tell();
         }
         self.tell = vsock.has_untold().then(|| self.tell.unwrap_or(now + TELL_AFTER));
-        while let Some(due) = self.policies.due(self.status, self.relay.sessions(), Instant::now()) {
+        while let Some(due) = self.policies.due(self.status, self.busy(), Instant::now()) {
             match due {
                 Due::Boot => {
                     let stage = self.boot_stage();

@@ -66,7 +66,8 @@ impl Guest {
 
     /// An event on the connection.
     pub fn on_event(&mut self, flags: EventFlags) {
-        self.readable |= flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
+        self.readable |=
+            flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
         self.hung_up |= flags.intersects(EventFlags::HUP | EventFlags::ERR);
         self.writable |= flags.contains(EventFlags::OUT);
     }

@@ -47,9 +47,8 @@ pub fn read(line: &[u8]) -> Result<Option<(Cow<'_, str>, &str)>, Fault> {
     if depth(text) > MAX_EVENT_DEPTH {
         return Err(Fault::TooDeep);
     }
-    let line: Line<'_> = serde_json::from_str(text).map_err(|error| {
-        if error.is_data() { Fault::NotAnEvent } else { Fault::NotJson(error.column()) }
-    })?;
+    let line: Line<'_> = serde_json::from_str(text)
+        .map_err(|error| if error.is_data() { Fault::NotAnEvent } else { Fault::NotJson(error.column()) })?;
     // A list of two would do for the deserialiser.
     if !text.starts_with('{') {
         return Err(Fault::NotAnEvent);
@@ -141,7 +140,9 @@ mod tests {
             Fault::BadName,
             Fault::TooDeep,
         ] {
-            assert!(fault.to_string().chars().all(|c| c.is_ascii() && !c.is_control() && !"\"\\".contains(c)));
+            assert!(
+                fault.to_string().chars().all(|c| c.is_ascii() && !c.is_control() && !"\"\\".contains(c))
+            );
         }
     }
 }

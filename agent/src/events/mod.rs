@@ -16,8 +16,8 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use rustix::event::epoll::{self, EventFlags};
-use rustix::io::Errno;
 use rustix::fs::{Mode, chmod, unlink};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
 };
@@ -74,7 +74,9 @@ impl Events {
             };
             let mut guest = Guest::new(socket);
             if self.guests.len() >= MAX_GUESTS {
-                guest.say_error(&format!("{MAX_GUESTS} processes are connected, which is all the agent takes"));
+                guest.say_error(&format!(
+                    "{MAX_GUESTS} processes are connected, which is all the agent takes"
+                ));
                 // It is told if its socket takes it, and that is all there is for it.
                 let _ = guest.send();
                 continue;

@@ -223,10 +223,10 @@ mod tests {
         }
         subscriptions.on_credit(ID, u32::MAX);
         let events = received(&mut subscriptions);
-        assert_eq!(events.iter().map(|(dropped, line)| (*dropped, line.len())).collect::<Vec<_>>(), [
-            (0, QUEUE / 2),
-            (2, 0)
-        ]);
+        assert_eq!(
+            events.iter().map(|(dropped, line)| (*dropped, line.len())).collect::<Vec<_>>(),
+            [(0, QUEUE / 2), (2, 0)]
+        );
         assert!(!subscriptions.has_news());
     }
 }

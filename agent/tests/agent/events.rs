@@ -77,7 +77,8 @@ fn what_a_process_writes_before_it_is_gone_arrives_and_in_order() {
     emit(&mut client, 2, "{\"event\":\"unread\"}");
     for process in 0..8 {
         let mut stream = agent.guest();
-        let lines: String = (0..100).map(|n| format!("{{\"event\":\"p{process}\",\"data\":{n}}}\n")).collect();
+        let lines: String =
+            (0..100).map(|n| format!("{{\"event\":\"p{process}\",\"data\":{n}}}\n")).collect();
         stream.write_all(lines.as_bytes()).unwrap();
     }
     let mut next = [0; 8];

@@ -1,0 +1,83 @@
+//! What a sandbox uses: numbers that move when something happens, and in the right direction.
+
+use std::time::Duration;
+
+use cubby_tests::{discard, next_output, python, sandbox, until, within};
+use cubbyhole::{Metrics, Sandbox};
+
+const MIB: u64 = 1 << 20;
+
+async fn metrics(sandbox: &Sandbox) -> Metrics {
+    within("metrics", sandbox.metrics()).await.unwrap()
+}
+
+#[tokio::test]
+async fn metrics_follow_what_a_guest_does() {
+    let sandbox = sandbox("metrics").await;
+    let idle = metrics(&sandbox).await;
+    assert_eq!((idle.name.as_str(), idle.cpu.vcpus, idle.clients), (sandbox.name(), 1, 1));
+    assert!(idle.sessions >= 1, "this question: {idle:?}");
+    assert!(idle.uptime > Duration::ZERO);
+    // 192 MiB without what the kernel keeps; the agent is the only process.
+    assert!(idle.memory.total > 128 * MIB && idle.memory.total < 192 * MIB, "{idle:?}");
+    assert!(idle.memory.used > 0 && idle.memory.used < 64 * MIB, "{idle:?}");
+    assert_eq!(idle.processes, 1, "{idle:?}");
+    assert!(idle.memory.host_resident > 8 * MIB && idle.memory.host_resident < 256 * MIB, "{idle:?}");
+    // A sparse ext4 of 4 GiB.
+    assert!(idle.disk.total > 3 << 30 && idle.disk.total <= 4 << 30, "{idle:?}");
+    assert!(idle.disk.host_allocated > 0 && idle.disk.host_allocated < 64 * MIB, "{idle:?}");
+    assert!(idle.disk.read > 0, "the image was read: {idle:?}");
+    assert_eq!(
+        idle.network.iter().map(|interface| interface.name.as_str()).filter(|name| *name == "lo").count(),
+        1
+    );
+
+    // Processor: a busy loop of a second of its own processor time is a second of the guest's, at least.
+    python(&sandbox, "import time\nwhile time.process_time() < 1: pass").await;
+    let busy = metrics(&sandbox).await;
+    let user = busy.cpu.user_ns - idle.cpu.user_ns;
+    assert!(user > 700_000_000, "{user} ns: {busy:?}");
+    assert!(busy.cpu.usage_ns - idle.cpu.usage_ns >= user && busy.uptime > idle.uptime);
+
+    // Memory: 64 MiB that are written to, in the guest's count and in the host's.
+    let program = "import sys\nheld = bytearray(b'x' * (64 << 20))\nprint(1, flush=True)\nsys.stdin.read()";
+    let mut holder = within("start", sandbox.exec_stream("python3", ["-c", program])).await.unwrap();
+    next_output(&mut holder).await;
+    let full = metrics(&sandbox).await;
+    assert!(full.memory.used > busy.memory.used + 56 * MIB, "{full:?}");
+    assert!(full.memory.host_resident > idle.memory.host_resident + 56 * MIB, "{full:?}");
+    assert_eq!((full.processes, full.sessions > 1), (2, true), "{full:?}");
+    holder.close_stdin().await.unwrap();
+    assert!(within("the end", holder.wait()).await.unwrap().success());
+
+    // Disk: 16 MiB that are synced, in the guest's file system and on the host.
+    python(
+        &sandbox,
+        "import os\nf = open('/var/large', 'wb')\nf.write(os.urandom(16 << 20))\nf.flush()\nos.fsync(f.fileno())",
+    )
+    .await;
+    let written = metrics(&sandbox).await;
+    assert!(written.disk.used >= full.disk.used + 16 * MIB, "{written:?}");
+    assert!(written.disk.written >= full.disk.written + 16 * MIB, "{written:?}");
+    assert!(written.disk.host_allocated >= full.disk.host_allocated + 16 * MIB, "{written:?}");
+
+    // Loopback is an interface like any other.
+    python(
+        &sandbox,
+        "import socket\na = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\na.bind(('127.0.0.1', 0))\n\
+         a.sendto(b'x' * 1000, a.getsockname())\nassert len(a.recv(2000)) == 1000",
+    )
+    .await;
+    let lo =
+        |metrics: &Metrics| metrics.network.iter().find(|interface| interface.name == "lo").unwrap().clone();
+    let (before, after) = (lo(&written), lo(&metrics(&sandbox).await));
+    assert!(after.received_bytes >= before.received_bytes + 1000, "{before:?} {after:?}");
+    assert!(after.sent_packets > before.sent_packets);
+
+    let text = written.to_openmetrics();
+    let bytes = format!("cubby_disk_used_bytes{{sandbox=\"{}\"}} {}\n", sandbox.name(), written.disk.used);
+    assert!(text.contains(&bytes) && text.ends_with("# EOF\n"), "{text}");
+    // Nothing of all that is left open.
+    until("the end of the sessions", async || metrics(&sandbox).await.sessions == 1).await;
+    discard(sandbox).await;
+}
