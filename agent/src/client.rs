@@ -244,7 +244,7 @@ impl Client {
         for session in self.sessions.values_mut() {
             session.abandon();
         }
-        shared.sessions -= self.sessions.len() + self.subscriptions.len();
+        shared.sessions -= self.sessions.len() + self.subscriptions.count();
     }
 
     fn on_frame(&mut self, frame: Frame<'_>, shared: &mut Shared) -> Result<(), Drop> {

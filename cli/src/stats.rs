@@ -90,7 +90,8 @@ async fn look(
 ) -> Result<Vec<(String, Look)>, Failure> {
     let all = if names.is_empty() {
         let handles = Sandbox::list().await?;
-        let running = handles.iter().filter(|handle| handle.status() == Status::Running);
+        let awake = |status| matches!(status, Status::Running | Status::Draining);
+        let running = handles.iter().filter(|handle| awake(handle.status()));
         running.map(|handle| handle.name().to_owned()).collect()
     } else {
         names.to_vec()

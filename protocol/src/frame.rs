@@ -25,6 +25,8 @@ pub enum Role {
     Opens,
     /// The same for a session that only listens: it is use of the sandbox, and no work that a drain waits for.
     Listens,
+    /// An application's: a question about the guest that is no use of it. One frame answers; no session is open.
+    Asks,
     /// An application's, in an open session.
     ToGuest,
     /// The agent's, in an open session.
@@ -129,10 +131,10 @@ kinds! {
     /// No event follows; ends the session. No payload.
     Unsubscribed = 0x66, Ends;
 
-    /// Asks what the guest uses. The session is this one question. No payload.
-    Measure = 0x68, Opens;
-    /// Answers, and ends the session: [`crate::message::GuestMetrics`].
-    Measured = 0x69, Ends;
+    /// Asks what the guest uses. No payload.
+    Measure = 0x68, Asks;
+    /// Answers: [`crate::message::GuestMetrics`].
+    Measured = 0x69, FromGuest;
 }
 
 impl Kind {

@@ -65,6 +65,8 @@ pub(crate) struct Client {
     own_done: usize,
     /// Open sessions, with what opened them.
     sessions: HashMap<SessionId, Role>,
+    /// Something has come that is use of the sandbox.
+    used: bool,
     /// Nothing more is read; the connection ends once `own` is out.
     closing: bool,
 }
@@ -85,6 +87,7 @@ impl Client {
             own: Hello::OURS.to_frame().to_vec(),
             own_done: 0,
             sessions: HashMap::new(),
+            used: false,
             closing: false,
         }
     }
@@ -102,6 +105,11 @@ impl Client {
 
     pub(crate) fn sessions(&self) -> usize {
         self.sessions.len()
+    }
+
+    /// Whether it has used the sandbox since this was asked last.
+    pub(crate) fn take_use(&mut self) -> bool {
+        std::mem::take(&mut self.used)
     }
 
     /// Those of them that a drain waits for.
@@ -243,11 +251,15 @@ impl Client {
             }
             return Ok(());
         }
-        match (header.kind.role(), header.kind) {
+        let role = header.kind.role();
+        self.used |= !matches!(role, Role::Call | Role::Asks);
+        match (role, header.kind) {
             (Role::Call, Kind::Request) => {
-                calls.push(Call { session: header.session, request: decode(payload)? });
+                let request = decode(payload)?;
+                self.used |= request != Request::Status;
+                calls.push(Call { session: header.session, request });
             }
-            (role @ (Role::Opens | Role::Listens), _) => match gate {
+            (Role::Opens | Role::Listens, _) => match gate {
                 Gate::Closed(why) => self.say(Kind::Refused, header.session, why),
                 Gate::Open if self.sessions.contains_key(&header.session) => {
                     self.say(Kind::Refused, header.session, &Refused::SessionInUse);
@@ -256,6 +268,12 @@ impl Client {
                     self.sessions.insert(header.session, role);
                     self.forward(bytes, vsock);
                 }
+            },
+            (Role::Asks, _) => match gate {
+                Gate::Closed(why @ Refused::InvalidState { .. }) => {
+                    self.say(Kind::Refused, header.session, why);
+                }
+                _ => self.forward(bytes, vsock),
             },
             (Role::Connection, Kind::Ping) => self.forward(bytes, vsock),
             (Role::ToGuest | Role::Both, _) => {
@@ -430,10 +448,10 @@ mod tests {
     #[test]
     fn a_drain_waits_for_work_and_not_for_who_listens() {
         let mut client = Client::new(UnixStream::pair().unwrap().0);
-        for kind in [Kind::Open, Kind::Subscribe, Kind::Emit, Kind::Measure] {
+        for kind in [Kind::Open, Kind::Subscribe, Kind::Emit] {
             client.sessions.insert(SessionId(kind as u32), kind.role());
         }
-        assert_eq!((client.sessions(), client.working()), (4, 3));
+        assert_eq!((client.sessions(), client.working()), (3, 2));
     }
 
     #[test]

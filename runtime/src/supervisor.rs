@@ -164,10 +164,7 @@ impl Supervisor<'_> {
                 EXIT => {}
                 LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
                 SIGNALS => self.on_signals(&mut vsock),
-                _ => {
-                    self.policies.used(Instant::now());
-                    self.relay.on_socket(event, &mut ops, &mut vsock);
-                }
+                _ => self.relay.on_socket(event, &mut ops, &mut vsock),
             }
         }
         let mut again = false;
@@ -196,6 +193,9 @@ impl Supervisor<'_> {
         }
         let mut asked = Vec::new();
         self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        if self.relay.take_use() {
+            self.policies.used(Instant::now());
+        }
         // A pause waits until no vCPU is in a device, and one may be waiting for this.
         drop(vsock);
         for asked in asked {

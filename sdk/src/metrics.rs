@@ -31,7 +31,7 @@ pub struct Metrics {
     pub network: Vec<InterfaceMetrics>,
     /// Processes in the guest, its agent included.
     pub processes: u32,
-    /// Open sessions of all clients, by the sandbox process's count: commands, subscriptions, this question.
+    /// Open sessions of all clients, by the sandbox process's count: commands and subscriptions.
     pub sessions: u32,
     /// Connected clients, by the sandbox process's count.
     pub clients: u16,

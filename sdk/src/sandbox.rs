@@ -415,8 +415,9 @@ impl Sandbox {
         EventStream::open(&self.link, event.as_ref()).await
     }
 
-    /// What it uses now: the guest's word, and what its process takes of the host. One question to the guest; it
-    /// counts as use, for the idle time-out.
+    /// What it uses now: the guest's word, and what its process takes of the host. One question to the guest, which is
+    /// no use of the sandbox: it does not hold the idle time-out. A sandbox that drains answers, one that is paused does
+    /// not: [`Error::InvalidState`].
     pub async fn metrics(&self) -> R<Metrics> {
         metrics::measure(&self.link).await
     }

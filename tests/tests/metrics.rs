@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use cubby_tests::{discard, next_output, python, sandbox, until, within};
-use cubbyhole::{Metrics, Sandbox};
+use cubby_tests::{builder, discard, name, next_output, python, sandbox, until, within};
+use cubbyhole::{Error, ExitReason, Metrics, Sandbox, Status};
 
 const MIB: u64 = 1 << 20;
 
@@ -16,7 +16,7 @@ async fn metrics_follow_what_a_guest_does() {
     let sandbox = sandbox("metrics").await;
     let idle = metrics(&sandbox).await;
     assert_eq!((idle.name.as_str(), idle.cpu.vcpus, idle.clients), (sandbox.name(), 1, 1));
-    assert!(idle.sessions >= 1, "this question: {idle:?}");
+    assert_eq!(idle.sessions, 0, "a question is no session");
     assert!(idle.uptime > Duration::ZERO);
     // 192 MiB without what the kernel keeps; the agent is the only process.
     assert!(idle.memory.total > 128 * MIB && idle.memory.total < 192 * MIB, "{idle:?}");
@@ -46,7 +46,7 @@ async fn metrics_follow_what_a_guest_does() {
     let full = metrics(&sandbox).await;
     assert!(full.memory.used > busy.memory.used + 56 * MIB, "{full:?}");
     assert!(full.memory.host_resident > idle.memory.host_resident + 56 * MIB, "{full:?}");
-    assert_eq!((full.processes, full.sessions > 1), (2, true), "{full:?}");
+    assert_eq!((full.processes, full.sessions), (2, 1), "{full:?}");
     holder.close_stdin().await.unwrap();
     assert!(within("the end", holder.wait()).await.unwrap().success());
 
@@ -77,7 +77,38 @@ async fn metrics_follow_what_a_guest_does() {
     let text = written.to_openmetrics();
     let bytes = format!("cubby_disk_used_bytes{{sandbox=\"{}\"}} {}\n", sandbox.name(), written.disk.used);
     assert!(text.contains(&bytes) && text.ends_with("# EOF\n"), "{text}");
-    // Nothing of all that is left open.
-    until("the end of the sessions", async || metrics(&sandbox).await.sessions == 1).await;
     discard(sandbox).await;
+}
+
+#[tokio::test]
+async fn looking_at_a_sandbox_is_no_use_of_it() {
+    let name = name("watched");
+    let sandbox = within("create", builder(&name).idle_timeout(1).create()).await.unwrap();
+    // Asked again and again, it is idle nevertheless.
+    let idle = async {
+        loop {
+            match sandbox.metrics().await {
+                Ok(_) => {}
+                Err(Error::Ended { report, .. }) => return report.reason,
+                Err(Error::InvalidState { .. }) => return sandbox.wait().await.unwrap().reason,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    assert_eq!(within("the idle time-out", idle).await, ExitReason::IdleTimeout);
+    Sandbox::remove(&name).await.unwrap();
+    // And one that drains can be looked at.
+    let sandbox = cubby_tests::sandbox("draining").await;
+    let mut work = within("start", sandbox.exec_stream("cat", [""; 0])).await.unwrap();
+    within("start", work.next()).await.unwrap().unwrap();
+    let drain = tokio::spawn({
+        let sandbox = sandbox.clone();
+        async move { sandbox.drain().await }
+    });
+    until("the drain", async || sandbox.status().await.unwrap() == Status::Draining).await;
+    assert_eq!(metrics(&sandbox).await.sessions, 1);
+    work.close_stdin().await.unwrap();
+    assert!(within("the end", work.wait()).await.unwrap().success());
+    within("the drain", drain).await.unwrap().unwrap();
+    Sandbox::remove(sandbox.name()).await.unwrap();
 }

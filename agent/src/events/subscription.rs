@@ -52,7 +52,7 @@ impl Subscription {
 
     /// The next to go out: an event, or the news of losses that no event follows.
     fn next(&self) -> Option<Event<'_>> {
-        let losses = (self.dropped > 0).then(|| Event { dropped: self.dropped, line: Cow::Borrowed("") });
+        let losses = (self.dropped > 0).then_some(Event { dropped: self.dropped, line: Cow::Borrowed("") });
         let event =
             self.queue.front().map(|next| Event { dropped: next.dropped, line: Cow::Borrowed(&next.line) });
         event.or(losses).filter(|event| Event::size_of(&event.line) as u64 <= self.window)
@@ -86,7 +86,7 @@ pub struct Subscriptions {
 
 impl Subscriptions {
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.open.len()
     }
 
