@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use crate::connection::Session;
 use crate::error::{Error, EventFault, R};
 use crate::link::Link;
+use crate::sandbox::Sandbox;
 
 /// What stands for every name.
 const ALL: &str = "*";
@@ -29,8 +30,61 @@ pub struct Event {
     pub data: Value,
 }
 
+impl Sandbox {
+    /// Sends an event to all processes in the guest that are connected to `/run/agent.sock`: a line of JSON,
+    /// `{"event":NAME,"data":DATA}`. `Ok` means that the agent has it and has queued it for each of them; it is not
+    /// kept for those that connect later. A process that does not read loses events beyond 512 KiB, and is told how
+    /// many.
+    ///
+    /// # Errors
+    /// [`Error::BadEvent`] for a line of more than 256 KiB, and for data that is no JSON. [`Error::Draining`] and
+    /// [`Error::InvalidState`] as for a command.
+    ///
+    /// ```no_run
+    /// # async fn example(sandbox: cubbyhole::Sandbox) -> Result<(), cubbyhole::Error> {
+    /// sandbox.emit("reload", &["a.conf", "b.conf"]).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn emit(&self, event: impl AsRef<str>, data: &(impl serde::Serialize + ?Sized)) -> R<()> {
+        emit(&self.link, event.as_ref(), data).await
+    }
+
+    /// Calls `call` for each event of this name that processes in the guest write to `/run/agent.sock` from now on, until
+    /// the subscription is dropped or the sandbox ends; `"*"` stands for every name. Any user of the guest may
+    /// write: what arrives is the guest's word.
+    ///
+    /// ```no_run
+    /// # async fn example(sandbox: cubbyhole::Sandbox) -> Result<(), cubbyhole::Error> {
+    /// let progress = sandbox.on_event("progress", |event| println!("{}", event.data)).await?;
+    /// let program = r#"
+    /// import json, socket
+    /// agent = socket.socket(socket.AF_UNIX)
+    /// agent.connect("/run/agent.sock")
+    /// agent.sendall(b'{"event":"progress","data":{"percent":42}}\n')"#;
+    /// sandbox.exec("python3", ["-c", program]).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// `call` runs on a task of the runtime: it must not block. Who has more to do uses [`Self::events`]. One that is
+    /// too slow loses events, which [`Subscription::dropped`] counts, and delays nobody else.
+    ///
+    /// A subscription is an open session: it holds the idle time-out. A drain does not wait for it.
+    pub async fn on_event(
+        &self,
+        event: impl AsRef<str>,
+        call: impl FnMut(Event) + Send + 'static,
+    ) -> R<Subscription> {
+        Ok(Subscription::start(self.events(event).await?, call))
+    }
+
+    /// The events of this name, or with `"*"` all, as a stream; otherwise as [`Self::on_event`].
+    pub async fn events(&self, event: impl AsRef<str>) -> R<EventStream> {
+        EventStream::open(&self.link, event.as_ref()).await
+    }
+}
+
 /// Hands one event to the guest's processes.
-pub(crate) async fn emit(link: &Link, event: &str, data: &(impl Serialize + ?Sized)) -> R<()> {
+async fn emit(link: &Link, event: &str, data: &(impl Serialize + ?Sized)) -> R<()> {
     let line = line(event, data).map_err(|why| Error::BadEvent { event: event.into(), why })?;
     let connection = link.connection("emit").await?;
     match connection.ask(Kind::Emit, line.as_bytes()).await {
@@ -61,7 +115,7 @@ fn line(event: &str, data: &(impl Serialize + ?Sized)) -> Result<String, EventFa
     }
 }
 
-/// Events of the guest as they come ([`Sandbox::events`](crate::Sandbox::events)). Dropping it ends the subscription.
+/// Events of the guest as they come ([`Sandbox::events`]). Dropping it ends the subscription.
 ///
 /// What nobody takes waits here and in the guest, about 1.5 MiB of it; what comes then is lost and counted.
 pub struct EventStream {
@@ -77,7 +131,7 @@ pub struct EventStream {
 
 impl EventStream {
     /// Subscribes, and waits until the agent knows.
-    pub(crate) async fn open(link: &Arc<Link>, event: &str) -> R<Self> {
+    async fn open(link: &Arc<Link>, event: &str) -> R<Self> {
         const OPERATION: &str = "subscribe";
         let name = (event != ALL).then(|| event.to_owned());
         let connection = link.connection(OPERATION).await?;
@@ -161,7 +215,7 @@ fn read(payload: &[u8], wanted: Option<&str>) -> R<(Option<Event>, u64)> {
     Ok((event, lost))
 }
 
-/// Events that go to a function ([`Sandbox::on_event`](crate::Sandbox::on_event)) until this is dropped.
+/// Events that go to a function ([`Sandbox::on_event`]) until this is dropped.
 #[must_use = "dropping a subscription ends it"]
 pub struct Subscription {
     task: JoinHandle<()>,
@@ -169,7 +223,7 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    pub(crate) fn start(mut events: EventStream, mut call: impl FnMut(Event) + Send + 'static) -> Self {
+    fn start(mut events: EventStream, mut call: impl FnMut(Event) + Send + 'static) -> Self {
         let dropped = events.dropped.clone();
         let task = tokio::spawn(async move {
             // The end of the sandbox is for others to tell.

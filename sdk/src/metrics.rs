@@ -10,6 +10,7 @@ use cubby_protocol::{Kind, decode};
 
 use crate::error::{Error, R};
 use crate::link::Link;
+use crate::sandbox::Sandbox;
 
 /// What a sandbox uses at one moment. Unless a field says that it is the host's, it is the guest's word.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,8 +111,17 @@ pub struct InterfaceMetrics {
     pub sent_packets: u64,
 }
 
+impl Sandbox {
+    /// What it uses now: the guest's word, and what its process takes of the host. One question to the guest, which is
+    /// no use of the sandbox: it does not hold the idle time-out. A sandbox that drains answers, one that is paused does
+    /// not: [`Error::InvalidState`].
+    pub async fn metrics(&self) -> R<Metrics> {
+        measure(&self.link).await
+    }
+}
+
 /// Asks the guest and the sandbox process at the same time, and looks at what they take of the host.
-pub(crate) async fn measure(link: &Link) -> R<Metrics> {
+async fn measure(link: &Link) -> R<Metrics> {
     const OPERATION: &str = "metrics";
     let connection = link.connection(OPERATION).await?;
     let (guest, status) = tokio::join!(connection.ask(Kind::Measure, &[]), connection.call(Request::Status));

@@ -13,11 +13,9 @@ use crate::builder::{SandboxBuilder, bring_up};
 use crate::connection::Connection;
 use crate::context::Context;
 use crate::error::{Error, R};
-use crate::events::{self, EventStream, Subscription};
 use crate::exec::{ExecHandle, ExecOptions, ExecOutput};
 use crate::launch::{BootPhase, find_runtime};
 use crate::link::Link;
-use crate::metrics::{self, Metrics};
 
 /// How long [`Sandbox::stop`] gives the guest before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -29,7 +27,7 @@ const BOOT_TIMEOUT_MS: u64 = 120_000;
 /// they started, but not the sandbox.
 #[derive(Clone)]
 pub struct Sandbox {
-    link: Arc<Link>,
+    pub(crate) link: Arc<Link>,
     boot: Arc<[BootPhase]>,
     shell: Arc<str>,
 }
@@ -362,64 +360,6 @@ impl Sandbox {
     /// Starts a script with the sandbox's shell, and returns at once.
     pub async fn shell_stream(&self, script: impl Into<String>) -> R<ExecHandle> {
         self.exec_stream(&*self.shell, ["-c".to_owned(), script.into()]).await
-    }
-
-    /// Sends an event to all processes in the guest that are connected to `/run/agent.sock`: a line of JSON,
-    /// `{"event":NAME,"data":DATA}`. `Ok` means that the agent has it and has queued it for each of them; it is not
-    /// kept for those that connect later. A process that does not read loses events beyond 512 KiB, and is told how
-    /// many.
-    ///
-    /// # Errors
-    /// [`Error::BadEvent`] for a line of more than 256 KiB, and for data that is no JSON. [`Error::Draining`] and
-    /// [`Error::InvalidState`] as for a command.
-    ///
-    /// ```no_run
-    /// # async fn example(sandbox: cubbyhole::Sandbox) -> Result<(), cubbyhole::Error> {
-    /// sandbox.emit("reload", &["a.conf", "b.conf"]).await?;
-    /// # Ok(()) }
-    /// ```
-    pub async fn emit(&self, event: impl AsRef<str>, data: &(impl serde::Serialize + ?Sized)) -> R<()> {
-        events::emit(&self.link, event.as_ref(), data).await
-    }
-
-    /// Calls `call` for each event of this name that processes in the guest write to `/run/agent.sock` from now on, until
-    /// the subscription is dropped or the sandbox ends; `"*"` stands for every name. Any user of the guest may
-    /// write: what arrives is the guest's word.
-    ///
-    /// ```no_run
-    /// # async fn example(sandbox: cubbyhole::Sandbox) -> Result<(), cubbyhole::Error> {
-    /// let progress = sandbox.on_event("progress", |event| println!("{}", event.data)).await?;
-    /// let program = r#"
-    /// import json, socket
-    /// agent = socket.socket(socket.AF_UNIX)
-    /// agent.connect("/run/agent.sock")
-    /// agent.sendall(b'{"event":"progress","data":{"percent":42}}\n')"#;
-    /// sandbox.exec("python3", ["-c", program]).await?;
-    /// # Ok(()) }
-    /// ```
-    ///
-    /// `call` runs on a task of the runtime: it must not block. Who has more to do uses [`Self::events`]. One that is
-    /// too slow loses events, which [`Subscription::dropped`] counts, and delays nobody else.
-    ///
-    /// A subscription is an open session: it holds the idle time-out. A drain does not wait for it.
-    pub async fn on_event(
-        &self,
-        event: impl AsRef<str>,
-        call: impl FnMut(events::Event) + Send + 'static,
-    ) -> R<Subscription> {
-        Ok(Subscription::start(self.events(event).await?, call))
-    }
-
-    /// The events of this name, or with `"*"` all, as a stream; otherwise as [`Self::on_event`].
-    pub async fn events(&self, event: impl AsRef<str>) -> R<EventStream> {
-        EventStream::open(&self.link, event.as_ref()).await
-    }
-
-    /// What it uses now: the guest's word, and what its process takes of the host. One question to the guest, which is
-    /// no use of the sandbox: it does not hold the idle time-out. A sandbox that drains answers, one that is paused does
-    /// not: [`Error::InvalidState`].
-    pub async fn metrics(&self) -> R<Metrics> {
-        metrics::measure(&self.link).await
     }
 
     async fn start_command(&self, program: String, options: ExecOptions) -> R<ExecHandle> {

@@ -1,6 +1,7 @@
 //! Events both ways, with programs in the guest that have nothing but a socket.
 
 use std::collections::BTreeMap;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -10,6 +11,10 @@ use cubby_tests::{
 };
 use cubbyhole::{Error, Event, EventFault, EventStream, ExecEvent, ExitReason, Sandbox, Status};
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
+
+use super::CUBBY;
 
 /// What a program in the guest needs to take part.
 const CONNECT: &str = "import json, socket\nagent = socket.socket(socket.AF_UNIX)\nagent.connect('/run/agent.sock')\n\
@@ -263,4 +268,43 @@ async fn a_subscription_holds_the_idle_timeout_and_no_drain() {
     drop(within("subscribe", idle.events("*")).await.unwrap());
     assert_eq!(within("the end", idle.wait()).await.unwrap().reason, ExitReason::IdleTimeout);
     Sandbox::remove(&name).await.unwrap();
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(CUBBY);
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    command
+}
+
+#[tokio::test]
+async fn the_command_prints_events_and_emits_them() {
+    let sandbox = sandbox("cli-events").await;
+    let mut printer = command(&["events", sandbox.name(), "said"]).spawn().unwrap();
+    let mut printed = BufReader::new(printer.stdout.take().unwrap()).lines();
+    until("the subscription", async || sandbox.metrics().await.unwrap().sessions == 1).await;
+    let program = format!(
+        "{CONNECT}print(1, flush=True)\nevent = json.loads(lines.readline())\n\
+         send('unsaid')\nsend('said', [event['data'], '\\x1b[2J'])"
+    );
+    let mut guest = within("start", sandbox.exec_stream("python3", ["-c", &program])).await.unwrap();
+    next_output(&mut guest).await;
+    let emit = async |data: &str| {
+        within("cubby emit", command(&["emit", sandbox.name(), "go", data]).output()).await.unwrap()
+    };
+    let wrong = emit("{no").await;
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&wrong.stderr).starts_with("error: the data is no JSON"), "{wrong:?}");
+    assert_eq!(emit(r#"{"n":1}"#).await.status.code(), Some(0));
+    let line = within("a line", printed.next_line()).await.unwrap().unwrap();
+    assert_eq!(line, r#"{"event":"said","data":[{"n":1},"\u001b[2J"]}"#);
+    // A sandbox that ends is the end, and no failure.
+    within("stop", sandbox.stop()).await.unwrap();
+    assert_eq!(within("the end", printer.wait()).await.unwrap().code(), Some(0));
+    assert_eq!(emit("1").await.status.code(), Some(1));
+    Sandbox::remove(sandbox.name()).await.unwrap();
 }

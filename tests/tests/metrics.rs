@@ -4,6 +4,10 @@ use std::time::Duration;
 
 use cubby_tests::{builder, discard, name, next_output, python, sandbox, until, within};
 use cubbyhole::{Error, ExitReason, Metrics, Sandbox, Status};
+use serde_json::Value;
+use tokio::process::Command;
+
+use super::CUBBY;
 
 const MIB: u64 = 1 << 20;
 
@@ -110,5 +114,39 @@ async fn looking_at_a_sandbox_is_no_use_of_it() {
     work.close_stdin().await.unwrap();
     assert!(within("the end", work.wait()).await.unwrap().success());
     within("the drain", drain).await.unwrap().unwrap();
+    Sandbox::remove(sandbox.name()).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_command_shows_what_sandboxes_use() {
+    let sandbox = sandbox("cli-stats").await;
+    let stats = async |arguments: &[&str]| {
+        let mut command = Command::new(CUBBY);
+        let output = within("cubby stats", command.arg("stats").args(arguments).output()).await.unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (code, table, _) = stats(&[sandbox.name()]).await;
+    assert_eq!(code, Some(0));
+    let lines: Vec<&str> = table.lines().collect();
+    assert!(lines.len() == 2 && lines[0].starts_with("NAME "), "{table}");
+    assert!(lines[1].starts_with(sandbox.name()) && lines[1].contains("% "), "{table}");
+    let (code, text, _) = stats(&["--json", sandbox.name()]).await;
+    let all: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((code, all.as_array().unwrap().len()), (Some(0), 1));
+    assert_eq!(all[0]["name"], sandbox.name());
+    assert!(all[0]["memory"]["used"].as_u64().unwrap() > MIB && all[0]["cpu"]["vcpus"] == 1, "{text}");
+    // Without a name it is all that run, and this is one of them.
+    let (code, text, _) = stats(&["--openmetrics"]).await;
+    assert!(text.contains(&format!("cubby_processes{{sandbox=\"{}\"}} 1\n", sandbox.name())), "{text}");
+    assert!(code == Some(0) && text.ends_with("# EOF\n"), "{text}");
+    // One that is named and cannot be looked at is told, and the others are shown.
+    within("stop", sandbox.stop()).await.unwrap();
+    let (code, text, errors) = stats(&["--no-stream", sandbox.name(), "no-such-sandbox"]).await;
+    assert_eq!((code, text.lines().count()), (Some(1), 3), "{text}");
+    assert!(errors.contains("it is stopped") && errors.contains("no sandbox named"), "{errors}");
     Sandbox::remove(sandbox.name()).await.unwrap();
 }
