@@ -135,21 +135,20 @@ impl EventStream {
         const OPERATION: &str = "subscribe";
         let name = (event != ALL).then(|| event.to_owned());
         let connection = link.connection(OPERATION).await?;
-        let opened = async {
-            let mut session =
-                connection.start_session(Kind::Subscribe, &Subscribe { name: name.clone() }).await?;
-            let first = session.next().await?;
-            Ok((session, first))
+        let subscribe = Subscribe { name: name.clone() };
+        let session = match connection.start_session(Kind::Subscribe, &subscribe).await {
+            Ok(session) => session,
+            Err(error) => return Err(link.lost(error, OPERATION).await),
         };
-        let (session, first) = match opened.await {
-            Ok(opened) => opened,
+        // From here on its end is seen to, if this is called off as well.
+        let mut events =
+            Self { session, link: link.clone(), name, owed: 0, dropped: Arc::default(), ended: false };
+        let first = match events.session.next().await {
+            Ok(first) => first,
             Err(error) => return Err(link.lost(error, OPERATION).await),
         };
         match first.kind {
-            Kind::Subscribed => {
-                let (link, dropped) = (link.clone(), Arc::default());
-                Ok(Self { session, link, name, owed: 0, dropped, ended: false })
-            }
+            Kind::Subscribed => Ok(events),
             Kind::Refused => Err(Error::refused(link.name(), OPERATION, decode(&first.payload)?)),
             kind => Err(Error::unexpected(kind)),
         }
@@ -197,9 +196,8 @@ impl EventStream {
 
 impl Drop for EventStream {
     fn drop(&mut self) {
-        if !self.ended {
-            self.session.out.push(Kind::Unsubscribe, &());
-        }
+        // Of a session that is over already nobody takes any notice.
+        self.session.out.push(Kind::Unsubscribe, &());
     }
 }
 
