@@ -16,10 +16,10 @@ use tokio::process::Command;
 
 use super::CUBBY;
 
-/// What a program in the guest needs to take part.
-const CONNECT: &str = "import json, socket\nagent = socket.socket(socket.AF_UNIX)\nagent.connect('/run/agent.sock')\n\
+/// What a program in the guest needs to take part: a socket. Data is JSON already.
+const CONNECT: &str = "import socket\nagent = socket.socket(socket.AF_UNIX)\nagent.connect('/run/agent.sock')\n\
                        lines = agent.makefile('r')\n\
-                       def send(event, data=None): agent.sendall((json.dumps({'event': event, 'data': data}) + '\\n').encode())\n";
+                       def send(event, data='null'): agent.sendall(f'{{\"event\":\"{event}\",\"data\":{data}}}\\n'.encode())\n";
 
 async fn next(events: &mut EventStream) -> Event {
     within("an event", events.next()).await.expect("the subscription is over").unwrap()
@@ -49,8 +49,8 @@ async fn events_go_both_ways() {
     assert_eq!(next(&mut all).await, event("hello", json!({"a": [1, null, "é"]})));
     // One program that answers each event of the host's.
     let program = format!(
-        "{CONNECT}send('ready')\nfor line in lines:\n    event = json.loads(line)\n\
-         \x20   send('pong', [event['event'], event['data']])\n    if event['event'] == 'enough': break"
+        "{CONNECT}send('ready')\nfor line in lines:\n    send('pong', line.strip())\n\
+         \x20   if '\"enough\"' in line: break"
     );
     let mut guest = within("start", sandbox.exec_stream("python3", ["-c", &program])).await.unwrap();
     assert_eq!(next(&mut all).await, event("ready", Value::Null));
@@ -58,7 +58,7 @@ async fn events_go_both_ways() {
     let sent = [("go", json!({"n": 1})), ("text\n\"", json!(large)), ("enough", Value::Null)];
     for (name, data) in &sent {
         within("emit", sandbox.emit(name, data)).await.unwrap();
-        assert_eq!(next(&mut all).await, event("pong", json!([name, data])));
+        assert_eq!(next(&mut all).await, event("pong", json!({"event": name, "data": data})));
     }
     assert!(within("the end", guest.wait()).await.unwrap().success());
     // Nobody listens now: nothing is kept, and that is no error.
@@ -68,7 +68,7 @@ async fn events_go_both_ways() {
     assert_eq!((subscription.dropped(), all.dropped()), (0, 0));
     // Dropped is unsubscribed: what comes now is for those who are left.
     drop(subscription);
-    send(&sandbox, "send('pong', 'last')").await;
+    send(&sandbox, "send('pong', '\"last\"')").await;
     assert_eq!(next(&mut all).await, event("pong", json!("last")));
     assert_eq!(seen.lock().unwrap().len(), sent.len());
     // And nothing but the other subscription is open any more.
@@ -145,11 +145,11 @@ async fn what_is_no_event_is_an_error_on_both_sides() {
     let sandbox = shared().await;
     let mut events = within("subscribe", sandbox.events("whole")).await.unwrap();
     let program = format!(
-        "{CONNECT}\ndef tell(line):\n    agent.sendall(line + b'\\n')\n    return json.loads(lines.readline())['error']\n\
+        "{CONNECT}\ndef tell(line):\n    agent.sendall(line + b'\\n')\n    return lines.readline()\n\
          assert 'not JSON' in tell(b'{{\"event\": whole}}')\nassert 'no object' in tell(b'[1]')\n\
          assert 'UTF-8' in tell(b'\\xff')\nassert 'deeper than 64' in tell(b'[' * 100)\n\
          assert 'longer than 262144' in tell(b'{{\"event\":\"whole\",\"data\":\"' + b'x' * 262144 + b'\"}}')\n\
-         send('whole', 'x' * 262000)"
+         send('whole', '\"' + 'x' * 262000 + '\"')"
     );
     python(&sandbox, &program).await;
     assert_eq!(next(&mut events).await, event("whole", json!("x".repeat(262_000))));
@@ -288,8 +288,8 @@ async fn the_command_prints_events_and_emits_them() {
     let mut printed = BufReader::new(printer.stdout.take().unwrap()).lines();
     until("the subscription", async || sandbox.metrics().await.unwrap().sessions == 1).await;
     let program = format!(
-        "{CONNECT}print(1, flush=True)\nevent = json.loads(lines.readline())\n\
-         send('unsaid')\nsend('said', [event['data'], '\\x1b[2J'])"
+        "{CONNECT}print(1, flush=True)\nevent = lines.readline().strip()\n\
+         send('unsaid')\nsend('said', f'[{{event}}, \"\\\\u001b[2J\"]')"
     );
     let mut guest = within("start", sandbox.exec_stream("python3", ["-c", &program])).await.unwrap();
     next_output(&mut guest).await;
@@ -301,7 +301,7 @@ async fn the_command_prints_events_and_emits_them() {
     assert!(String::from_utf8_lossy(&wrong.stderr).starts_with("error: the data is no JSON"), "{wrong:?}");
     assert_eq!(emit(r#"{"n":1}"#).await.status.code(), Some(0));
     let line = within("a line", printed.next_line()).await.unwrap().unwrap();
-    assert_eq!(line, r#"{"event":"said","data":[{"n":1},"\u001b[2J"]}"#);
+    assert_eq!(line, r#"{"event":"said","data":[{"data":{"n":1},"event":"go"},"\u001b[2J"]}"#);
     // A sandbox that ends is the end, and no failure.
     within("stop", sandbox.stop()).await.unwrap();
     assert_eq!(within("the end", printer.wait()).await.unwrap().code(), Some(0));
