@@ -8,12 +8,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use cubby_protocol::message::{
-    Credit, ExecFailed, ExecFailure, Exited, Fatal, Open, Refused, Signal, Started, TtySize,
+    Credit, ExecFailed, ExecFailure, Exited, Fatal, MAX_EVENT, Open, Refused, Signal, Started, Subscribe,
+    TtySize,
 };
 use cubby_protocol::{Decoder, Frame, FrameError, Hello, Kind, SessionId, decode};
 use rustix::event::epoll;
 use rustix::io::Errno;
 
+use crate::events::{Events, Subscriptions};
+use crate::metrics;
 use crate::output::{HARD_LIMIT, Output, SOFT_LIMIT};
 use crate::session::{Session, Which};
 use crate::spawn::Spawner;
@@ -48,6 +51,8 @@ pub struct Shared {
     pub stopping: bool,
     /// Streams that background processes hold after their session's end.
     pub held: Vec<OwnedFd>,
+    /// The guest's processes that exchange events.
+    pub events: Events,
 }
 
 impl Shared {
@@ -82,6 +87,8 @@ pub struct Client {
     sessions: BTreeMap<SessionId, Session>,
     /// Sessions that may have bytes to move, so that idle ones cost nothing.
     active: BTreeSet<SessionId>,
+    /// Sessions that wait for events of guest processes.
+    pub subscriptions: Subscriptions,
     /// No session's deadline is before this.
     deadline: Option<Instant>,
     /// Until when nothing but news of started commands waits to be written.
@@ -107,6 +114,7 @@ impl Client {
             output,
             sessions: BTreeMap::new(),
             active: BTreeSet::new(),
+            subscriptions: Subscriptions::default(),
             deadline: None,
             patience: None,
             waiting_starts: 0,
@@ -200,6 +208,7 @@ impl Client {
                 self.active.insert(id);
             }
         }
+        self.subscriptions.pump(&mut self.output);
     }
 
     /// Writes what the connection takes.
@@ -221,7 +230,8 @@ impl Client {
     /// Whether there is work that no event will announce.
     pub fn is_ready(&self) -> bool {
         let reads = self.readable && self.output.len() < HARD_LIMIT;
-        reads || (!self.active.is_empty() && self.output.len() < SOFT_LIMIT)
+        let moves = !self.active.is_empty() || self.subscriptions.has_news();
+        reads || (moves && self.output.len() < SOFT_LIMIT)
     }
 
     /// Tells the client why, as far as its connection takes it, and ends its commands.
@@ -234,7 +244,7 @@ impl Client {
         for session in self.sessions.values_mut() {
             session.abandon();
         }
-        shared.sessions -= self.sessions.len();
+        shared.sessions -= self.sessions.len() + self.subscriptions.count();
     }
 
     fn on_frame(&mut self, frame: Frame<'_>, shared: &mut Shared) -> Result<(), Drop> {
@@ -249,6 +259,18 @@ impl Client {
             Kind::Pong if on_connection => {}
             Kind::Fatal => return Err(Drop::Gone),
             Kind::Open if !on_connection => self.open(id, &decode(payload)?, shared),
+            Kind::Emit if !on_connection => self.emit(id, payload, shared)?,
+            Kind::Subscribe if !on_connection => self.subscribe(id, decode(payload)?, shared),
+            Kind::Unsubscribe if !on_connection => {
+                if self.subscriptions.close(id) {
+                    shared.sessions -= 1;
+                    self.output.message(Kind::Unsubscribed, id, &());
+                }
+            }
+            Kind::Credit if self.subscriptions.contains(id) => {
+                self.subscriptions.on_credit(id, decode::<Credit>(payload)?.bytes);
+            }
+            Kind::Measure if !on_connection => self.output.message(Kind::Measured, id, &metrics::measure()),
             Kind::Stdin | Kind::StdinClose | Kind::Signal | Kind::Resize | Kind::Credit if !on_connection => {
                 self.on_session_frame(kind, id, payload)?;
             }
@@ -304,10 +326,11 @@ impl Client {
         Ok(())
     }
 
-    fn open(&mut self, id: SessionId, open: &Open, shared: &mut Shared) {
+    /// Whether there can be a session `id`; if not, the client is told.
+    fn admits(&mut self, id: SessionId, shared: &Shared) -> bool {
         let refused = if shared.stopping {
             Some(Refused::InvalidState { state: "stopping".into(), operation: "open a session".into() })
-        } else if self.sessions.contains_key(&id) {
+        } else if self.sessions.contains_key(&id) || self.subscriptions.contains(id) {
             Some(Refused::SessionInUse)
         } else if shared.sessions >= MAX_SESSIONS {
             let max = u32::try_from(MAX_SESSIONS).unwrap_or(u32::MAX);
@@ -315,8 +338,35 @@ impl Client {
         } else {
             None
         };
-        if let Some(refused) = refused {
-            return self.output.message(Kind::Refused, id, &refused);
+        if let Some(refused) = &refused {
+            self.output.message(Kind::Refused, id, refused);
+        }
+        refused.is_none()
+    }
+
+    /// One event for the guest's processes.
+    fn emit(&mut self, id: SessionId, line: &[u8], shared: &mut Shared) -> Result<(), Drop> {
+        if line.len() > MAX_EVENT || line.contains(&b'\n') {
+            return Err(broke(format!("an event of {} bytes is no line of at most {MAX_EVENT}", line.len())));
+        }
+        if self.admits(id, shared) {
+            shared.events.emit(line);
+            self.output.message(Kind::Emitted, id, &());
+        }
+        Ok(())
+    }
+
+    fn subscribe(&mut self, id: SessionId, subscribe: Subscribe, shared: &mut Shared) {
+        if self.admits(id, shared) {
+            self.subscriptions.open(id, subscribe);
+            shared.sessions += 1;
+            self.output.message(Kind::Subscribed, id, &());
+        }
+    }
+
+    fn open(&mut self, id: SessionId, open: &Open, shared: &mut Shared) {
+        if !self.admits(id, shared) {
+            return;
         }
         match self.start(id, open, shared) {
             Ok(pid) => {

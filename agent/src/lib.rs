@@ -8,6 +8,7 @@
 //! | [`server`] | the event loop |
 //! | [`client`], [`session`] | one connection, one command |
 //! | [`spawn`] | from a request to a running child |
+//! | [`events`], [`metrics`] | events between the host and the guest's processes; what the guest uses |
 //! | [`power`] | the end of all processes and of the machine |
 //! | [`sys`] | the only unsafe code |
 //!
@@ -19,6 +20,8 @@
 pub mod boot;
 pub mod client;
 pub mod control;
+pub mod events;
+pub mod metrics;
 pub mod oom;
 pub mod output;
 pub mod power;

@@ -1,10 +1,12 @@
 //! `cubby-agent`: as PID 1 it runs a guest. With `--listen PATH` it serves clients on a Unix socket as an ordinary
-//! process with the rights it has, for tests and for trying things out; it then ends when it is killed.
+//! process with the rights it has, for tests and for trying things out; it then ends when it is killed. Events are
+//! exchanged at `PATH.events`.
 #![forbid(unsafe_code)]
 
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 
+use cubby_agent::events;
 use cubby_agent::server::{Peers, Server};
 use cubby_protocol::message::GuestConfig;
 
@@ -13,7 +15,7 @@ fn main() -> ExitCode {
         cubby_agent::boot::run();
     }
     let mut args = std::env::args_os().skip(1);
-    let (Some(option), Some(path), None) = (args.next(), args.next(), args.next()) else {
+    let (Some(option), Some(mut path), None) = (args.next(), args.next(), args.next()) else {
         return usage();
     };
     if option != "--listen" {
@@ -21,10 +23,13 @@ fn main() -> ExitCode {
     }
     // PID 1 has inherited nothing.
     cubby_agent::sys::heed_signals();
-    let served = UnixListener::bind(path).and_then(|listener| {
+    let served = UnixListener::bind(&path).and_then(|listener| {
         listener.set_nonblocking(true)?;
         let config = GuestConfig { hostname: "test".into(), ..GuestConfig::default() };
-        Server::new(listener.into(), Peers::Anyone, config)?.run()?;
+        let mut server = Server::new(listener.into(), Peers::Anyone, config)?;
+        path.push(".events");
+        server.exchange_events(events::listener(&path)?)?;
+        server.run()?;
         Ok(())
     });
     match served {

@@ -18,6 +18,7 @@ use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use crate::client::{Client, Drop, Shared};
 use crate::control::Control;
+use crate::events::Events;
 use crate::oom::OomLog;
 use crate::power::Progress;
 use crate::spawn::Spawner;
@@ -63,6 +64,7 @@ impl Server {
             sessions: 0,
             stopping: false,
             held: Vec::new(),
+            events: Events::default(),
         };
         let signals = sys::block_sigchld()?;
         shared.watch(&signals, Token::Children)?;
@@ -85,6 +87,13 @@ impl Server {
     pub fn obey(&mut self, control: Control) -> Result<(), Errno> {
         self.shared.watch(&control, Token::Control)?;
         self.control = Some(control);
+        Ok(())
+    }
+
+    /// Lets guest processes exchange events with the host at `listener`, which does not block.
+    pub fn exchange_events(&mut self, listener: OwnedFd) -> Result<(), Errno> {
+        self.shared.watch(&listener, Token::Events)?;
+        self.shared.events.listen(listener);
         Ok(())
     }
 
@@ -120,7 +129,7 @@ impl Server {
 
     fn timeout(&self) -> Option<Timespec> {
         let ready = self.clients.values().any(Client::is_ready);
-        if ready {
+        if ready || self.shared.events.is_ready() {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
         let stop = self.stopping.as_ref().map(Progress::deadline);
@@ -147,6 +156,8 @@ impl Server {
                 }
             }
             Token::Held(number) => self.drain(number),
+            Token::Events => self.shared.events.accept(&self.shared.epoll),
+            Token::Guest(number) => self.shared.events.on_event(number, flags),
         }
         false
     }
@@ -191,6 +202,10 @@ impl Server {
             }
         }
         self.drop_clients(dropped);
+        let clients = &mut self.clients;
+        self.shared.events.receive(|name, line| {
+            clients.values_mut().for_each(|client| client.subscriptions.offer(name, line));
+        });
         stop.is_some()
     }
 
@@ -204,6 +219,7 @@ impl Server {
         }
         self.drop_clients(dropped);
         self.control.iter_mut().for_each(Control::send);
+        self.shared.events.send();
         for stream in std::mem::take(&mut self.shared.held) {
             self.hold(stream);
         }

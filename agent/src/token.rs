@@ -17,6 +17,10 @@ pub enum Token {
     Session(u16, u32, Which),
     /// A stream that outlived its session.
     Held(u32),
+    /// A guest process wants to exchange events.
+    Events,
+    /// The connection of such a process.
+    Guest(u32),
 }
 
 impl From<Token> for u64 {
@@ -30,6 +34,8 @@ impl From<Token> for u64 {
             Token::Session(slot, session, Which::Stdout) => (5, slot, session),
             Token::Session(slot, session, Which::Stderr) => (6, slot, session),
             Token::Held(number) => (7, 0, number),
+            Token::Events => (12, 0, 0),
+            Token::Guest(number) => (13, 0, number),
         };
         kind << 48 | Self::from(slot) << 32 | Self::from(number)
     }
@@ -47,6 +53,8 @@ impl From<u64> for Token {
             4 => Self::Session(slot, number, Which::Stdin),
             5 => Self::Session(slot, number, Which::Stdout),
             6 => Self::Session(slot, number, Which::Stderr),
+            12 => Self::Events,
+            13 => Self::Guest(number),
             _ => Self::Held(number),
         }
     }
@@ -67,6 +75,8 @@ mod tests {
             Token::Session(u16::MAX, 1, Which::Stdout),
             Token::Session(1, 7, Which::Stderr),
             Token::Held(9),
+            Token::Events,
+            Token::Guest(u32::MAX),
         ] {
             assert_eq!(Token::from(u64::from(token)), token);
         }

@@ -111,6 +111,44 @@ pub enum Command {
         #[arg(long, hide = true)]
         json: bool,
     },
+    /// Print the events that programs in a sandbox send, one line of JSON each
+    #[command(after_help = "Example:\n  cubby events box progress | jq .data.percent")]
+    Events {
+        /// The sandbox
+        name: String,
+        /// Only events of this name
+        event: Option<String>,
+        /// Accepted: it is always JSON
+        #[arg(long, hide = true)]
+        json: bool,
+    },
+    /// Send an event to the programs in a sandbox that listen
+    #[command(after_help = "Example:\n  cubby emit box reload '{\"file\": \"a.conf\"}'")]
+    Emit {
+        /// The sandbox
+        name: String,
+        /// The event's name
+        event: String,
+        /// What belongs to it, as JSON
+        #[arg(default_value = "null", hide_default_value = true)]
+        data: String,
+    },
+    /// Show what sandboxes use: again each second on a terminal, else once
+    #[command(after_help = "Examples:\n  cubby stats\n  cubby stats --json box | jq '.[].memory.used'")]
+    Stats {
+        /// The sandboxes (default: all that run)
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// Show it once
+        #[arg(long)]
+        no_stream: bool,
+        /// Print JSON, once
+        #[arg(long)]
+        json: bool,
+        /// Print OpenMetrics text, once
+        #[arg(long, conflicts_with = "json")]
+        openmetrics: bool,
+    },
     /// Check whether sandboxes can run here, and say what to do if not
     Doctor {
         /// Print JSON

@@ -10,6 +10,7 @@
 mod amount;
 mod arguments;
 mod doctor;
+mod events;
 mod failure;
 mod lifecycle;
 mod list;
@@ -18,6 +19,7 @@ mod output;
 mod progress;
 mod run;
 mod session;
+mod stats;
 mod table;
 mod terminal;
 mod time;
@@ -70,6 +72,16 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Rm { names, force } => lifecycle::each(names, lifecycle::Operation::Remove { force }).await,
         Command::Ls { quiet, json, .. } => list::list(quiet, json).await,
         Command::Inspect { names, .. } => list::inspect(names).await,
+        Command::Events { name, event, .. } => events::events(&name, event.as_deref()).await,
+        Command::Emit { name, event, data } => events::emit(&name, &event, &data).await,
+        Command::Stats { names, no_stream, json, openmetrics } => {
+            let form = match (json, openmetrics) {
+                (true, _) => stats::Form::Json,
+                (_, true) => stats::Form::OpenMetrics,
+                _ => stats::Form::Table { once: no_stream },
+            };
+            stats::stats(names, form).await
+        }
         Command::Doctor { json } => doctor::doctor(json).await,
         Command::Completion { shell } => {
             let mut script = Vec::new();

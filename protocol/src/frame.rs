@@ -23,6 +23,10 @@ pub enum Role {
     Call,
     /// An application's: opens the session that it names.
     Opens,
+    /// The same for a session that only listens: it is use of the sandbox, and no work that a drain waits for.
+    Listens,
+    /// An application's: a question about the guest that is no use of it. One frame answers; no session is open.
+    Asks,
     /// An application's, in an open session.
     ToGuest,
     /// The agent's, in an open session.
@@ -111,6 +115,26 @@ kinds! {
     Resize = 0x4a, ToGuest;
     /// The receiver of bulk data is ready for more: [`crate::message::Credit`].
     Credit = 0x4b, Both;
+
+    /// An event for the guest's processes: one line of JSON, without its newline. The session is this one question.
+    Emit = 0x60, Opens;
+    /// The agent has it for those who listen; ends the session. No payload.
+    Emitted = 0x61, Ends;
+    /// Opens a session for events of the guest's processes: [`crate::message::Subscribe`].
+    Subscribe = 0x62, Listens;
+    /// What guest processes write from now on arrives. No payload.
+    Subscribed = 0x63, FromGuest;
+    /// An event of a guest process: [`crate::message::Event`].
+    Event = 0x64, FromGuest;
+    /// Enough of them. No payload.
+    Unsubscribe = 0x65, ToGuest;
+    /// No event follows; ends the session. No payload.
+    Unsubscribed = 0x66, Ends;
+
+    /// Asks what the guest uses. No payload.
+    Measure = 0x68, Asks;
+    /// Answers: [`crate::message::GuestMetrics`].
+    Measured = 0x69, FromGuest;
 }
 
 impl Kind {

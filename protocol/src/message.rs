@@ -3,7 +3,13 @@
 //! Strings are UTF-8 on the wire as bincode writes them (length, bytes). Sizes are bytes and times are what
 //! their field's name says. Enumerations only grow at the end, with a new protocol version.
 
+mod events;
+mod metrics;
+
 use serde::{Deserialize, Serialize};
+
+pub use events::*;
+pub use metrics::*;
 
 /// Payload of [`crate::Kind::Fatal`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -83,6 +83,47 @@ fn messages_have_their_golden_bytes() {
 }
 
 #[test]
+fn events_and_metrics_have_their_golden_bytes() {
+    pinned(Kind::Subscribe, &Subscribe { name: None }, &[0]);
+    pinned(Kind::Subscribe, &Subscribe { name: Some("hi".into()) }, &[1, 2, b'h', b'i']);
+    let event = Event { dropped: 300, line: r#"{"event":"é"}"#.into() };
+    let golden = [&[251, 44, 1, 14][..], r#"{"event":"é"}"#.as_bytes()].concat();
+    pinned(Kind::Event, &event, &golden);
+    let most = Event { dropped: u64::MAX, line: "x".repeat(MAX_EVENT).into() };
+    let mut frame = Vec::new();
+    encode(Kind::Event, SessionId(1), &most, &mut frame).unwrap();
+    assert!(frame.len() - 12 <= Event::size_of(&most.line));
+    let metrics = GuestMetrics {
+        uptime_ns: 1,
+        cpus: 2,
+        cpu: GuestCpu {
+            user_ns: 3,
+            nice_ns: 4,
+            system_ns: 5,
+            idle_ns: 6,
+            iowait_ns: 7,
+            irq_ns: 8,
+            softirq_ns: 9,
+            steal_ns: 10,
+        },
+        memory: GuestMemory { total: 11, available: 12 },
+        root: GuestFilesystem { total: 13, used: 14 },
+        disk: GuestDisk { read: 15, written: 16 },
+        interfaces: vec![GuestInterface {
+            name: "lo".into(),
+            received_bytes: 17,
+            received_packets: 18,
+            sent_bytes: 19,
+            sent_packets: 20,
+        }],
+        processes: 21,
+    };
+    let mut golden: Vec<u8> = (1..=16).collect();
+    golden.extend([1, 2, b'l', b'o', 17, 18, 19, 20, 21]);
+    pinned(Kind::Measured, &metrics, &golden);
+}
+
+#[test]
 fn a_length_that_lies_is_an_error_and_allocates_nothing() {
     // A string that claims 4 GiB in a frame of six bytes.
     let lie = [253, 0, 0, 0, 0, 1, 0, 0, 0];

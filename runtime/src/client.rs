@@ -2,7 +2,7 @@
 //! stream to the agent. Bytes from the guest are forwarded as they lie in the device's buffer; only their
 //! headers are looked at, to know which sessions are open without trusting the guest's word for it.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -65,7 +65,10 @@ pub(crate) struct Client {
     /// Frames of our own for the application, sent between two of the guest's.
     own: Vec<u8>,
     own_done: usize,
-    sessions: HashSet<SessionId>,
+    /// Open sessions, with what opened them.
+    sessions: HashMap<SessionId, Role>,
+    /// Something has come that is use of the sandbox.
+    used: bool,
     /// Nothing more is read; the connection ends once `own` is out.
     closing: bool,
 }
@@ -86,7 +89,8 @@ impl Client {
             from_guest: Scanner::default(),
             own: Hello::OURS.to_frame().to_vec(),
             own_done: 0,
-            sessions: HashSet::new(),
+            sessions: HashMap::new(),
+            used: false,
             closing: false,
         }
     }
@@ -104,6 +108,16 @@ impl Client {
 
     pub(crate) fn sessions(&self) -> usize {
         self.sessions.len()
+    }
+
+    /// Whether it has used the sandbox since this was asked last.
+    pub(crate) fn take_use(&mut self) -> bool {
+        std::mem::take(&mut self.used)
+    }
+
+    /// Those of them that a drain waits for.
+    pub(crate) fn working(&self) -> usize {
+        self.sessions.values().filter(|role| **role != Role::Listens).count()
     }
 
     /// The kernel said that the socket can be read or written again.
@@ -246,21 +260,34 @@ impl Client {
             }
             return Ok(());
         }
-        match (header.kind.role(), header.kind) {
+        let role = header.kind.role();
+        self.used |= !matches!(role, Role::Call | Role::Asks);
+        match (role, header.kind) {
             (Role::Call, Kind::Request) => {
-                calls.push(Call { session: header.session, request: decode(payload)? });
+                let request = decode(payload)?;
+                self.used |= request != Request::Status;
+                calls.push(Call { session: header.session, request });
             }
-            (Role::Opens, _) => match gate {
+            (Role::Opens | Role::Listens, _) => match gate {
                 Gate::Closed(why) => self.say(Kind::Refused, header.session, why),
-                Gate::Open if !self.sessions.insert(header.session) => {
+                Gate::Open if self.sessions.contains_key(&header.session) => {
                     self.say(Kind::Refused, header.session, &Refused::SessionInUse);
                 }
-                Gate::Open => self.forward(bytes, vsock),
+                Gate::Open => {
+                    self.sessions.insert(header.session, role);
+                    self.forward(bytes, vsock);
+                }
+            },
+            (Role::Asks, _) => match gate {
+                Gate::Closed(why @ Refused::InvalidState { .. }) => {
+                    self.say(Kind::Refused, header.session, why);
+                }
+                _ => self.forward(bytes, vsock),
             },
             (Role::Connection, Kind::Ping) => self.forward(bytes, vsock),
             (Role::ToGuest | Role::Both, _) => {
                 // A frame for a session that has just ended is no mistake of the sender's.
-                if self.sessions.contains(&header.session) {
+                if self.sessions.contains_key(&header.session) {
                     self.forward(bytes, vsock);
                 }
             }
@@ -359,7 +386,11 @@ impl Client {
 
 /// Looks at the headers in what came from the guest: takes sessions that end out of `sessions`, and finds what no
 /// agent sends.
-fn check_agent(scanner: &mut Scanner, bytes: &[u8], sessions: &mut HashSet<SessionId>) -> Result<(), Gone> {
+fn check_agent(
+    scanner: &mut Scanner,
+    bytes: &[u8],
+    sessions: &mut HashMap<SessionId, Role>,
+) -> Result<(), Gone> {
     let mut forbidden = false;
     let scanned = scanner.scan(bytes, |header| {
         if header.kind.ends_session() {
@@ -401,7 +432,7 @@ mod tests {
 
     #[test]
     fn frames_that_an_agent_may_not_send_end_the_connection() {
-        let allowed = [0x02, 0x04, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x4b];
+        let allowed = [0x02, 0x04, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x4b, 0x61, 0x63, 0x64, 0x66, 0x69];
         let mut seen = 0;
         for byte in 0..=u8::MAX {
             let Ok(kind) = Kind::try_from(byte) else { continue };
@@ -409,7 +440,7 @@ mod tests {
             let session = SessionId::CONNECTION;
             let bytes = [frame(Kind::Pong, session), frame(kind, session)].concat();
             for size in 1..=bytes.len() {
-                let (mut scanner, mut sessions) = (Scanner::default(), HashSet::new());
+                let (mut scanner, mut sessions) = (Scanner::default(), HashMap::new());
                 let outcome: Result<(), Gone> =
                     bytes.chunks(size).try_for_each(|piece| check_agent(&mut scanner, piece, &mut sessions));
                 assert_eq!(outcome.is_ok(), allowed.contains(&byte), "{kind:?} in pieces of {size}");
@@ -420,16 +451,26 @@ mod tests {
         // Nor may it send what is no frame.
         let mut broken = frame(Kind::Stdout, SessionId::CONNECTION);
         broken[..4].fill(0xff);
-        assert!(check_agent(&mut Scanner::default(), &broken, &mut HashSet::new()).is_err());
+        assert!(check_agent(&mut Scanner::default(), &broken, &mut HashMap::new()).is_err());
+    }
+
+    #[test]
+    fn a_drain_waits_for_work_and_not_for_who_listens() {
+        let mut client = Client::new(UnixStream::pair().unwrap().0);
+        for kind in [Kind::Open, Kind::Subscribe, Kind::Emit] {
+            client.sessions.insert(SessionId(kind as u32), kind.role());
+        }
+        assert_eq!((client.sessions(), client.working()), (3, 2));
     }
 
     #[test]
     fn sessions_are_over_when_the_relay_sees_their_end_and_not_before() {
         let [one, two] = [SessionId(1), SessionId(2)];
-        let (mut scanner, mut sessions) = (Scanner::default(), HashSet::from([one, two]));
+        let (mut scanner, mut sessions) =
+            (Scanner::default(), HashMap::from([one, two].map(|id| (id, Role::Opens))));
         let mut from_agent = |bytes: &[u8], left: &[SessionId]| {
             check_agent(&mut scanner, bytes, &mut sessions).unwrap();
-            assert_eq!(sessions, left.iter().copied().collect());
+            assert_eq!(sessions, left.iter().map(|id| (*id, Role::Opens)).collect());
         };
         from_agent(&frame(Kind::Stdout, one), &[one, two]);
         let end = frame(Kind::Exited, one);

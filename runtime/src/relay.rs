@@ -32,6 +32,7 @@ pub(crate) struct Relay {
     next_id: ClientId,
     max_clients: u16,
     agent_ready: bool,
+    used: bool,
 }
 
 impl Relay {
@@ -56,6 +57,7 @@ impl Relay {
             next_id: Self::LISTENER,
             max_clients,
             agent_ready: false,
+            used: false,
         })
     }
 
@@ -66,6 +68,11 @@ impl Relay {
     /// Open sessions over all clients.
     pub(crate) fn sessions(&self) -> usize {
         self.clients.values().map(Client::sessions).sum()
+    }
+
+    /// Those of them that a drain waits for.
+    pub(crate) fn working(&self) -> usize {
+        self.clients.values().map(Client::working).sum()
     }
 
     pub(crate) fn clients(&self) -> u16 {
@@ -156,9 +163,15 @@ impl Relay {
                 Ok(false) => {}
                 Err(Gone) => self.remove(id, vsock, ops),
             }
+            self.used |= self.clients.get_mut(&id).is_some_and(Client::take_use);
             asked.extend(calls.drain(..).map(|call| Asked { client: id, call }));
         }
         self.is_awake()
+    }
+
+    /// Whether somebody has used the sandbox since this was asked last. To look at it is no use.
+    pub(crate) fn take_use(&mut self) -> bool {
+        std::mem::take(&mut self.used)
     }
 
     /// Whether somebody has something to do without being woken.

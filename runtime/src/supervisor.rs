@@ -165,10 +165,7 @@ impl Supervisor<'_> {
                 EXIT => {}
                 LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
                 SIGNALS => self.on_signals(&mut vsock),
-                _ => {
-                    self.policies.used(Instant::now());
-                    self.relay.on_socket(event, &mut ops, &mut vsock);
-                }
+                _ => self.relay.on_socket(event, &mut ops, &mut vsock),
             }
         }
         if self.tell.is_some_and(|tell| tell <= Instant::now()) {
@@ -201,6 +198,9 @@ impl Supervisor<'_> {
         }
         let mut asked = Vec::new();
         self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        if self.relay.take_use() {
+            self.policies.used(Instant::now());
+        }
         // A pause waits until no vCPU is in a device, and one may be waiting for this.
         drop(vsock);
         for asked in asked {
@@ -426,17 +426,23 @@ impl Supervisor<'_> {
         }
     }
 
+    /// What counts as use, and as work that a drain waits for: whoever only listens uses the sandbox, and has nothing
+    /// to finish.
+    fn busy(&self) -> usize {
+        if self.status == Status::Draining { self.relay.working() } else { self.relay.sessions() }
+    }
+
     /// How long to wait for something to happen until time alone makes it.
     fn wait(&self) -> Option<Duration> {
         let now = Instant::now();
         let tell = self.tell.map(|tell| tell.saturating_duration_since(now));
-        let policies = self.policies.wait(self.status, self.relay.sessions(), now);
+        let policies = self.policies.wait(self.status, self.busy(), now);
         [tell, policies].into_iter().flatten().min()
     }
 
     fn on_time(&mut self, vsock: &mut Vsock) {
         self.tell = vsock.has_untold().then(|| self.tell.unwrap_or_else(|| Instant::now() + TELL_AFTER));
-        while let Some(due) = self.policies.due(self.status, self.relay.sessions(), Instant::now()) {
+        while let Some(due) = self.policies.due(self.status, self.busy(), Instant::now()) {
             match due {
                 Due::Boot => {
                     let stage = self.boot_stage();

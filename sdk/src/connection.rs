@@ -168,6 +168,11 @@ impl Connection {
         self.once(|session, out| encode_raw(Kind::Ping, session, &[], out)).await.map(drop)
     }
 
+    /// Asks the guest's agent something that one frame answers.
+    pub(crate) async fn ask(&self, kind: Kind, payload: &[u8]) -> Result<Incoming, ConnectionError> {
+        self.once(|session, out| encode_raw(kind, session, payload, out)).await
+    }
+
     async fn once(
         &self,
         frame: impl FnOnce(SessionId, &mut Vec<u8>) -> Result<(), FrameError>,
@@ -188,12 +193,21 @@ impl Connection {
         self: &Arc<Self>,
         message: &impl Serialize,
     ) -> Result<Session, ConnectionError> {
+        self.start_session(Kind::Open, message).await
+    }
+
+    /// The same for a session of another kind.
+    pub(crate) async fn start_session(
+        self: &Arc<Self>,
+        kind: Kind,
+        message: &impl Serialize,
+    ) -> Result<Session, ConnectionError> {
         let (sender, incoming) = mpsc::unbounded_channel();
         let unread = Arc::<Unread>::default();
         let id = self.register(Route::Session(sender, unread.clone()));
         let out = SessionOut { connection: self.clone(), id };
         let session = Session { out, incoming, unread };
-        session.out.send(Kind::Open, message).await?;
+        session.out.send(kind, message).await?;
         Ok(session)
     }
 

@@ -124,6 +124,14 @@ pub enum Error {
         /// How far it is text.
         valid_up_to: usize,
     },
+    /// An event cannot be written as JSON, or is too long.
+    #[error("event {event:?} cannot be emitted: {why}")]
+    BadEvent {
+        /// The event's name.
+        event: String,
+        /// What is wrong with it.
+        why: EventFault,
+    },
     /// The image cannot be had.
     #[error(transparent)]
     Image(#[from] cubby_image::Error),
@@ -175,6 +183,31 @@ pub enum Error {
         /// What the kernel said.
         source: std::io::Error,
     },
+}
+
+/// Why an event cannot be emitted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum EventFault {
+    /// It is too long.
+    #[error(
+        "it takes {size} bytes as JSON and may have {max}: write what is large to a file and tell its name"
+    )]
+    TooLong {
+        /// Its size in bytes, name included.
+        size: usize,
+        /// The limit in bytes.
+        max: usize,
+    },
+    /// Its name is empty or too long.
+    #[error("a name has 1 to {max} bytes")]
+    Name {
+        /// The limit in bytes.
+        max: usize,
+    },
+    /// JSON has no such value.
+    #[error("its data is no JSON: {0}")]
+    NotJson(String),
 }
 
 /// Which step between a request and a running command said no.

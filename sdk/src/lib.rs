@@ -25,21 +25,27 @@ mod children;
 mod connection;
 mod context;
 mod error;
+mod events;
 mod exec;
 mod host;
 mod input;
 mod launch;
 mod link;
+mod metrics;
+mod openmetrics;
 mod outbox;
 mod reaper;
 mod sandbox;
 
 pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};
-pub use error::{Error, ExecErrorKind, R};
+pub use error::{Error, EventFault, ExecErrorKind, R};
+pub use events::{Event, EventStream, Subscription};
 pub use exec::{ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExitStatus};
 pub use host::{HostReport, check_host, home};
 pub use input::ExecInput;
 pub use launch::BootPhase;
+pub use metrics::{CpuMetrics, DiskMetrics, InterfaceMetrics, MemoryMetrics, Metrics};
+pub use openmetrics::openmetrics;
 pub use sandbox::{Inspection, Sandbox, SandboxHandle};
 
 pub use cubby_image::Progress as ImageProgress;

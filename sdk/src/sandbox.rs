@@ -27,7 +27,7 @@ const BOOT_TIMEOUT_MS: u64 = 120_000;
 /// they started, but not the sandbox.
 #[derive(Clone)]
 pub struct Sandbox {
-    link: Arc<Link>,
+    pub(crate) link: Arc<Link>,
     boot: Arc<[BootPhase]>,
     shell: Arc<str>,
 }

@@ -9,7 +9,7 @@ mod root;
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
-use cubby_protocol::message::{GuestReady, Mark, SetupFailed, SetupStage};
+use cubby_protocol::message::{EVENT_SOCKET, GuestReady, Mark, SetupFailed, SetupStage};
 use cubby_protocol::{AGENT_PORT, Kind};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with};
@@ -17,6 +17,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use self::mark::Marks;
 use crate::control::{Control, HOST_CID};
+use crate::events;
 use crate::power;
 use crate::server::{Peers, Server};
 use crate::sys::VsockAddr;
@@ -103,9 +104,14 @@ fn set_up(control: &mut Control, marks: &Marks) -> Result<Server, Failed> {
     identity::loopback().stage(SetupStage::Network)?;
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     setrlimit(Resource::Nofile, limit).stage(SetupStage::Listen)?;
-    listener()
+    let mut server = listener()
         .and_then(|listener| Server::new(listener, Peers::Cid(HOST_CID), config))
-        .stage(SetupStage::Listen)
+        .stage(SetupStage::Listen)?;
+    // An image may have something else in that place: its guest goes without events.
+    if let Err(errno) = events::listener(EVENT_SOCKET).and_then(|socket| server.exchange_events(socket)) {
+        eprintln!("cubby-agent: no events, {EVENT_SOCKET}: {errno}");
+    }
+    Ok(server)
 }
 
 fn listener() -> Result<OwnedFd, Errno> {

@@ -16,7 +16,7 @@ pub const LIMIT: Duration = Duration::from_secs(20);
 /// A running agent; dropped, it is killed.
 pub struct Agent {
     process: Child,
-    socket: PathBuf,
+    pub socket: PathBuf,
 }
 
 impl Agent {
@@ -38,6 +38,14 @@ impl Agent {
 
     pub fn pid(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Connects as a process of the guest does that exchanges events.
+    pub fn guest(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.socket.with_extension("sock.events")).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.set_write_timeout(Some(LIMIT)).unwrap();
+        stream
     }
 
     /// Connects without saying anything.
@@ -74,6 +82,7 @@ impl Drop for Agent {
         let _ = self.process.kill();
         let _ = self.process.wait();
         let _ = std::fs::remove_file(&self.socket);
+        let _ = std::fs::remove_file(self.socket.with_extension("sock.events"));
     }
 }
 
@@ -124,6 +133,13 @@ impl Client {
                 Err(error) => panic!("no frame: {error}"),
             }
         }
+    }
+
+    /// All that comes before the answer to a ping.
+    pub fn frames_until_pong(&mut self) -> Vec<(Kind, SessionId, Vec<u8>)> {
+        self.send_raw(Kind::Ping, SessionId(0), b"until");
+        let next = || self.frame().filter(|(kind, _, _)| *kind != Kind::Pong);
+        std::iter::from_fn(next).collect()
     }
 
     pub fn send<M: serde::Serialize>(&mut self, kind: Kind, session: SessionId, message: &M) {

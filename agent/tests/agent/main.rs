@@ -8,6 +8,7 @@
 mod client;
 
 mod end;
+mod events;
 mod exec;
 mod flow;
 mod robust;

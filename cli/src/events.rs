@@ -1,0 +1,65 @@
+//! `events` and `emit`: what programs in a sandbox tell, and what they are told.
+
+use cubbyhole::{Error, Sandbox, Status};
+use serde_json::Value;
+
+use crate::failure::{Failure, complain};
+use crate::output;
+
+/// `cubby events`: until the sandbox ends.
+pub async fn events(name: &str, event: Option<&str>) -> Result<u8, Failure> {
+    let mut events = Sandbox::get(name).await?.events(event.unwrap_or("*")).await?;
+    let mut told = 0;
+    while let Some(event) = events.next().await {
+        let lost = events.dropped() - told;
+        if lost > 0 {
+            told += lost;
+            complain(&format!("{lost} events were lost: read faster, or ask for one name"));
+        }
+        match event {
+            Ok(event) => drop(output::print(line(&event)?.as_bytes())?),
+            // Nothing is wrong with a sandbox that ends as somebody asked.
+            Err(Error::Ended { report, .. }) if report.reason.status() == Status::Stopped => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(0)
+}
+
+/// `cubby emit`
+pub async fn emit(name: &str, event: &str, data: &str) -> Result<u8, Failure> {
+    let data: Value = serde_json::from_str(data).map_err(|error| {
+        Failure::new(format!("the data is no JSON: {error}; a text needs quotes: '\"{data}\"'"))
+    })?;
+    Sandbox::get(name).await?.emit(event, &data).await?;
+    Ok(0)
+}
+
+/// An event as a line of JSON in which nothing could make a terminal do something: control characters are found in
+/// strings only, and JSON has an escape for them that means the same.
+fn line(event: &cubbyhole::Event) -> Result<String, Failure> {
+    let text = serde_json::to_string(event).map_err(|error| Failure::new(error.to_string()))?;
+    let mut line = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        match c.is_control() {
+            true => line.push_str(&format!("\\u{:04x}", u32::from(c))),
+            false => line.push(c),
+        }
+    }
+    line.push('\n');
+    Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cubbyhole::Event;
+
+    #[test]
+    fn a_line_is_json_that_a_terminal_can_bear() {
+        let event = Event { name: "a\u{9b}2J".into(), data: "\u{1b}[2J\u{7f}é\n".into() };
+        let line = line(&event).unwrap();
+        assert_eq!(line, "{\"event\":\"a\\u009b2J\",\"data\":\"\\u001b[2J\\u007fé\\n\"}\n");
+        assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+    }
+}
