@@ -11,11 +11,14 @@ mod amount;
 mod arguments;
 mod doctor;
 mod failure;
+mod images;
 mod lifecycle;
 mod list;
+mod manual;
 mod name;
 mod output;
 mod progress;
+mod prune;
 mod run;
 mod session;
 mod table;
@@ -27,7 +30,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use arguments::{Arguments, Command};
+use arguments::{Arguments, Command, List};
 use failure::Failure;
 
 /// The whole program.
@@ -68,9 +71,15 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
             lifecycle::each(names, lifecycle::Operation::Drain { deadline }).await
         }
         Command::Rm { names, force } => lifecycle::each(names, lifecycle::Operation::Remove { force }).await,
-        Command::Ls { quiet, json, .. } => list::list(quiet, json).await,
+        Command::Ps(list) => list::list(list).await,
+        Command::Ls(list) => list::list(List { all: true, ..list }).await,
         Command::Inspect { names, .. } => list::inspect(names).await,
         Command::Doctor { json } => doctor::doctor(json).await,
+        Command::Pull(pull) => images::pull(pull).await,
+        Command::Images(images) => images::list(images).await,
+        Command::Rmi { images } => images::remove(images).await,
+        Command::Prune(prune) => prune::prune(prune).await,
+        Command::Man { directory } => manual::write(&directory),
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "cubby", &mut script);

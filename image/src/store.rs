@@ -255,7 +255,7 @@ impl Store {
         stamp: Option<PullStamp>,
     ) -> Result<(), Error> {
         let pointer = Pointer {
-            reference: absolute(reference).to_string(),
+            reference: reference.absolute().to_string(),
             platform: platform.clone(),
             digest: digest.clone(),
             stamp: stamp.map(|PullStamp(stamp)| stamp),
@@ -277,7 +277,7 @@ impl Store {
     }
 
     fn pointer(&self, reference: &Reference, platform: &Platform) -> PathBuf {
-        let reference = absolute(reference);
+        let reference = reference.absolute();
         let key = Digest::sha256(format!("{reference}\n{platform}").as_bytes());
         self.root.join("refs").join(format!("{}.json", key.hex()))
     }
@@ -300,17 +300,6 @@ impl Store {
 impl fmt::Display for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.root.display().fmt(f)
-    }
-}
-
-/// The reference with its path, if it has one, absolute: it means the same in every directory.
-fn absolute(reference: &Reference) -> Reference {
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    match reference.clone() {
-        Reference::Oci { path, tag } => Reference::Oci { path: absolute(&path), tag },
-        Reference::DockerArchive { path, tag } => Reference::DockerArchive { path: absolute(&path), tag },
-        Reference::Dir { path } => Reference::Dir { path: absolute(&path) },
-        registry => registry,
     }
 }
 

@@ -78,9 +78,7 @@ impl Store {
                 pulled_at: described.modified().unwrap_or(SystemTime::UNIX_EPOCH),
             });
         }
-        all.sort_by(|a, b| {
-            b.pulled_at.cmp(&a.pulled_at).then_with(|| a.image.digest.cmp(&b.image.digest))
-        });
+        all.sort_by(|a, b| b.pulled_at.cmp(&a.pulled_at).then_with(|| a.image.digest.cmp(&b.image.digest)));
         Ok(all)
     }
 
@@ -109,7 +107,9 @@ impl Store {
             match attempt(&file) {
                 Ok(()) => return Ok(file),
                 Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path)(e)),
-                Err(TryLockError::WouldBlock) if begin.elapsed() > PATIENCE => return Err(Error::Busy { path }),
+                Err(TryLockError::WouldBlock) if begin.elapsed() > PATIENCE => {
+                    return Err(Error::Busy { path });
+                }
                 Err(TryLockError::WouldBlock) => thread::sleep(POLL),
             }
         }
