@@ -53,7 +53,7 @@ impl ProgressLine {
     pub fn show(&mut self, progress: &Progress) {
         match self.show {
             Show::Nothing => return,
-            Show::Steps => return self.step(progress),
+            Show::Steps => return self.say(progress),
             Show::Line => {}
         }
         // Counts may be left out, a new step may not.
@@ -92,26 +92,24 @@ impl ProgressLine {
     }
 
     /// Says a step that was not said yet.
-    fn step(&mut self, progress: &Progress) {
-        let step = match progress {
-            Progress::Image(ImageProgress::Downloading { digest, total, bytes: done }) => {
-                let short: String = digest.hex().chars().take(12).collect();
-                let before = self.layers.insert(digest.to_string(), (*done, *total));
-                match before {
-                    None => format!("pulling {short}, {}", bytes(*total)),
-                    Some(before) if done == total && before.0 < *total => format!("pulled {short}"),
-                    Some(_) => return,
-                }
-            }
-            Progress::Image(ImageProgress::Converting { .. }) => format!("converting {}", self.image),
-            progress => match self.text(progress) {
-                Some(text) => text,
-                None => return,
-            },
-        };
-        if step != self.said {
+    fn say(&mut self, progress: &Progress) {
+        if let Some(step) = self.step(progress).filter(|step| *step != self.said) {
             let _ = io::stderr().write_all(format!("{step}\n").as_bytes());
             self.said = step;
+        }
+    }
+
+    fn step(&mut self, progress: &Progress) -> Option<String> {
+        match progress {
+            Progress::Image(ImageProgress::Downloading { digest, total, bytes: done }) => {
+                let short: String = digest.hex().chars().take(12).collect();
+                match self.layers.insert(digest.to_string(), (*done, *total)) {
+                    None => Some(format!("pulling {short}, {}", bytes(*total))),
+                    Some(before) => (done == total && before.0 < *total).then(|| format!("pulled {short}")),
+                }
+            }
+            Progress::Image(ImageProgress::Converting { .. }) => Some(format!("converting {}", self.image)),
+            progress => self.text(progress),
         }
     }
 
@@ -149,6 +147,20 @@ mod tests {
         assert_eq!(bar(u64::MAX, u64::MAX), format!("[{}]", "=".repeat(24)));
         assert_eq!(bar(9, 3), bar(3, 3));
         assert_eq!(bar(0, 0), bar(0, 1));
+    }
+
+    #[test]
+    fn a_layer_has_a_line_when_it_begins_and_one_when_it_is_there() {
+        let mut line = ProgressLine::new("x", false, true);
+        let digest = "a".repeat(64);
+        let mut step = |bytes| {
+            let digest = format!("sha256:{digest}").parse().unwrap();
+            line.step(&Progress::Image(ImageProgress::Downloading { digest, bytes, total: 2000 }))
+        };
+        assert_eq!(step(0).as_deref(), Some("pulling aaaaaaaaaaaa, 2.0 kB"));
+        assert_eq!(step(1000), None);
+        assert_eq!(step(2000).as_deref(), Some("pulled aaaaaaaaaaaa"));
+        assert_eq!(step(2000), None);
     }
 
     #[test]
