@@ -1,11 +1,20 @@
 //! The command line: its commands, their options, and what `--help` says of them.
 
+mod env;
+mod kept;
+mod unsupported;
+
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::amount::{duration, mebibytes, seconds};
+
+pub use env::{Variable, VariableFile};
+pub use kept::{Filter, Images, List, Prune, PullImage};
+use unsupported::Unsupported;
 
 /// Run code nobody trusts in microVMs of its own
 #[derive(Debug, Parser)]
@@ -89,19 +98,14 @@ pub enum Command {
         /// The sandbox; may be left out if only one runs
         name: Option<String>,
     },
-    /// List sandboxes, those that have stopped too
-    #[command(visible_aliases = ["ps", "list"])]
-    Ls {
-        /// Accepted for docker's sake: all are always shown
-        #[arg(short, long, hide = true)]
-        all: bool,
-        /// Print names only
-        #[arg(short, long)]
-        quiet: bool,
-        /// Print JSON
-        #[arg(long, conflicts_with = "quiet")]
-        json: bool,
-    },
+    /// List sandboxes that run
+    #[command(
+        after_help = "Examples:\n  cubby ps\n  cubby ps -a --filter status=crashed\n  cubby stop $(cubby ps -q)"
+    )]
+    Ps(List),
+    /// List all sandboxes: as ps -a
+    #[command(visible_alias = "list")]
+    Ls(List),
     /// Print all that is kept about sandboxes, as JSON
     Inspect {
         /// The sandboxes
@@ -154,6 +158,27 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Fetch an image, or what its tag stands for now
+    Pull(PullImage),
+    /// List the images that are here
+    #[command(after_help = "Example:\n  cubby images")]
+    Images(Images),
+    /// Remove images that no sandbox needs
+    #[command(after_help = "Example:\n  cubby rmi python:3.12")]
+    Rmi {
+        /// The images: references, digests, or the first 12 digits of one
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+    /// Remove all sandboxes that have ended and all images that no sandbox needs
+    Prune(Prune),
+    /// Write the man pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
     },
     /// Print a shell's completion script
     #[command(
@@ -242,14 +267,25 @@ pub struct StreamOptions {
 #[derive(Clone, Debug, Default, Args)]
 pub struct CommandOptions {
     /// Set an environment variable; NAME alone takes the value from here
-    #[arg(short, long, value_name = "NAME[=VALUE]", value_parser = variable)]
+    #[arg(short, long, value_name = "NAME[=VALUE]", value_parser = env::variable)]
     pub env: Vec<Variable>,
+    /// Set those in a file, one on each line
+    #[arg(long, value_name = "FILE", value_parser = env::file)]
+    pub env_file: Vec<VariableFile>,
     /// Start in this directory
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<String>,
     /// Run as this user: name or id, with :group if you like
     #[arg(short, long)]
     pub user: Option<String>,
+}
+
+impl CommandOptions {
+    /// The variables that have a value, those of files first, so that the command line goes over them.
+    pub fn variables(&self) -> impl Iterator<Item = (String, String)> {
+        let of_files = self.env_file.iter().flat_map(|file| &file.0);
+        of_files.chain(&self.env).filter_map(Variable::resolve)
+    }
 }
 
 /// What a sandbox is made of.
@@ -287,6 +323,8 @@ pub struct Settings {
     /// Show no progress
     #[arg(short, long)]
     pub quiet: bool,
+    #[command(flatten)]
+    pub unsupported: Unsupported,
 }
 
 /// When to ask the registry for an image, in docker's words.
@@ -299,32 +337,6 @@ pub enum Pull {
     Always,
     /// Never
     Never,
-}
-
-/// An environment variable on the command line: without a value it is to have the one that it has here, if any.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Variable {
-    name: String,
-    value: Option<String>,
-}
-
-impl Variable {
-    /// Name and value, unless there is none.
-    pub fn resolve(&self) -> Option<(String, String)> {
-        let value = self.value.clone().or_else(|| std::env::var(&self.name).ok())?;
-        Some((self.name.clone(), value))
-    }
-}
-
-fn variable(text: &str) -> Result<Variable, String> {
-    let (name, value) = match text.split_once('=') {
-        Some((name, value)) => (name, Some(value.to_owned())),
-        None => (text, None),
-    };
-    match name {
-        "" => Err("a variable needs a name: NAME=VALUE".into()),
-        name => Ok(Variable { name: name.into(), value }),
-    }
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -389,28 +401,36 @@ mod tests {
         };
         let settings = run.settings;
         assert_eq!((settings.memory, settings.disk), (Some(1024), Some(100)));
-        let env: Vec<_> = settings.command.env.iter().filter_map(Variable::resolve).collect();
+        let env: Vec<_> = settings.command.variables().collect();
         assert_eq!(env, [("A".into(), "b=c".into()), ("EMPTY".into(), String::new())]);
         assert_eq!(settings.label, [("mark".into(), String::new())]);
         assert_eq!(settings.pull, Pull::Never);
         assert_eq!(run.timeout, Some(Duration::from_secs(90)));
+        for (instead, wrong) in [
+            ("standard input", ["-v", "/a:/b"]),
+            ("standard input", ["--mount", "type=bind"]),
+            ("no network yet", ["-p", "80:80"]),
+            ("no network yet", ["--net", "host"]),
+            ("no need", ["--privileged", "--rm"]),
+        ] {
+            let error = parse(&["run", wrong[0], wrong[1], "x"]).unwrap_err().to_string();
+            assert!(error.contains(instead), "{error}");
+        }
+        parse(&["run", "--network", "none", "x"]).unwrap();
         for wrong in [["-m", "512"], ["-m", "1x"], ["-e", "=1"], ["--timeout", "soon"], ["--cpus", "many"]] {
             assert!(parse(&["run", wrong[0], wrong[1], "x"]).is_err(), "{wrong:?}");
         }
     }
 
     #[test]
-    fn a_variable_without_a_value_is_taken_from_here() {
-        let path = variable("PATH").unwrap().resolve().unwrap();
-        assert_eq!(path, ("PATH".to_owned(), std::env::var("PATH").unwrap()));
-        assert_eq!(variable("CUBBY_NO_SUCH_VARIABLE").unwrap().resolve(), None);
-    }
-
-    #[test]
     fn habits_of_docker_are_understood() {
         for line in [
             &["ps", "-a", "-q"][..],
+            &["ps", "-aq", "-f", "status=exited", "--filter", "label=a=b"],
             &["list"],
+            &["images", "-q"],
+            &["rmi", "a", "b"],
+            &["prune", "-f"],
             &["rm", "-f", "a", "b"],
             &["unpause", "a"],
             &["stop", "-t", "3", "a"],

@@ -1,10 +1,13 @@
-//! `doctor`: what a sandbox needs of this computer, checked one by one, each with its remedy.
+//! `doctor`: what a sandbox needs of this computer, checked one by one, each with its remedy. It makes nothing.
 
+mod limits;
+mod permission;
+
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use cubbyhole::{Error, check_host};
+use cubbyhole::{Error, Sandbox, Status, check_host};
 use rustix::fs::{Access, access, statvfs};
-use rustix::process::{Resource, getrlimit};
 use serde_json::json;
 
 use crate::amount::bytes;
@@ -14,8 +17,8 @@ use crate::output::{self, Colour, paint};
 /// Less free space than this, in bytes, is no room for an image.
 const ROOM: u64 = 1 << 30;
 
-/// A program with a few sandboxes opens more files than some systems allow: two for each, and some for a pull.
-const FILES: u64 = 256;
+/// Less memory than this, in bytes, is none for a sandbox of the usual size.
+const MEMORY: u64 = 640 << 20;
 
 /// One check.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,8 +44,9 @@ impl Check {
 pub async fn doctor(as_json: bool) -> Result<u8, Failure> {
     let mut checks = vec![device(Path::new("/dev/kvm"))];
     checks.extend(of_the_sandbox_process().await);
-    checks.extend(of_the_home());
-    checks.push(open_files(getrlimit(Resource::Nofile).current));
+    checks.extend(of_the_home().await);
+    checks.push(memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()));
+    checks.extend(limits::check());
     let well = checks.iter().all(|check| check.remedy.is_none());
     if as_json {
         output::print_json(&json!({ "ok": well, "checks": checks.iter().map(value).collect::<Vec<_>>() }))?;
@@ -63,11 +67,7 @@ fn device(path: &Path) -> Check {
             "it is not there",
             "load its module (sudo modprobe kvm_intel or kvm_amd), or enable virtualization in the firmware",
         ),
-        Err(error) => Check::bad(
-            WHAT,
-            format!("you may not open it: {error}"),
-            "add yourself to its group (sudo usermod -aG kvm $USER) and log in again",
-        ),
+        Err(error) => Check::bad(WHAT, format!("you may not open it: {error}"), permission::remedy(path)),
     }
 }
 
@@ -93,7 +93,7 @@ async fn of_the_sandbox_process() -> Vec<Check> {
     vec![virtualization, Check::good("sandbox process", report.runtime.display().to_string()), assets]
 }
 
-fn of_the_home() -> Vec<Check> {
+async fn of_the_home() -> Vec<Check> {
     let home = match cubbyhole::home() {
         Ok(home) => home,
         Err(error) => {
@@ -116,7 +116,56 @@ fn of_the_home() -> Vec<Check> {
             Check::bad("disk space", error.to_string(), "set CUBBY_HOME to a directory on another disk")
         }
     };
-    vec![writable, space]
+    let mut checks = vec![writable, locks(&there), space];
+    // What is not there yet is well.
+    if home.join("db/cubby.db").exists() {
+        checks.push(of_the_store().await);
+    }
+    checks
+}
+
+/// A sandbox that has lost its process is told from one that runs by a lock; not every network file system has them.
+fn locks(directory: &Path) -> Check {
+    const WHAT: &str = "file locks";
+    match File::open(directory).map(|file| file.try_lock_shared()) {
+        Ok(Ok(()) | Err(TryLockError::WouldBlock)) => Check::good(WHAT, "the home's file system has them"),
+        Ok(Err(TryLockError::Error(error))) | Err(error) => Check::bad(
+            WHAT,
+            format!("{}: {error}", directory.display()),
+            "set CUBBY_HOME to a directory on a local disk",
+        ),
+    }
+}
+
+/// Reading the store clears up after sandboxes that have lost their processes: no lock and no record stays stale.
+async fn of_the_store() -> Check {
+    const WHAT: &str = "sandboxes";
+    match Sandbox::list().await {
+        Ok(list) => {
+            let live = list.iter().filter(|sandbox| sandbox.status().is_live()).count();
+            let crashed = list.iter().filter(|sandbox| sandbox.status() == Status::Crashed).count();
+            Check::good(WHAT, format!("{}, of which {live} run and {crashed} have crashed", list.len()))
+        }
+        Err(error) => {
+            Check::bad(WHAT, explain(&error), "mend what it says, or set CUBBY_HOME to another directory")
+        }
+    }
+}
+
+/// `MemAvailable` (proc_meminfo(5)).
+fn memory(meminfo: &str) -> Check {
+    const WHAT: &str = "memory";
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    match kib.map(|kib| kib.saturating_mul(1024)) {
+        None => Check::good(WHAT, "not known"),
+        Some(free) if free >= MEMORY => Check::good(WHAT, format!("{} available", bytes(free))),
+        Some(free) => Check::bad(
+            WHAT,
+            format!("{} available", bytes(free)),
+            "end other programs, or give sandboxes less (-m 256m)",
+        ),
+    }
 }
 
 fn free_space(free: u64) -> Check {
@@ -127,20 +176,8 @@ fn free_space(free: u64) -> Check {
     Check::bad(
         "disk space",
         found,
-        "remove sandboxes (cubby rm), or set CUBBY_HOME to a directory on a larger disk",
+        "remove what is not needed (cubby prune), or set CUBBY_HOME to a directory on a larger disk",
     )
-}
-
-fn open_files(limit: Option<u64>) -> Check {
-    match limit {
-        None => Check::good("open files", "no limit"),
-        Some(limit) if limit >= FILES => Check::good("open files", format!("{limit} at once")),
-        Some(limit) => Check::bad(
-            "open files",
-            format!("{limit} at once"),
-            format!("raise the limit: ulimit -n {}", FILES * 4),
-        ),
-    }
 }
 
 fn value(check: &Check) -> serde_json::Value {
@@ -170,9 +207,11 @@ mod tests {
     fn what_is_not_good_enough_has_a_remedy() {
         assert_eq!(free_space(ROOM).remedy, None);
         assert!(free_space(ROOM - 1).remedy.is_some());
-        assert_eq!(open_files(None).remedy, None);
-        assert_eq!(open_files(Some(FILES)).remedy, None);
-        assert!(open_files(Some(FILES - 1)).remedy.unwrap().contains("ulimit -n 1024"));
+        let available = |kib: u64| memory(&format!("MemTotal: 1 kB\nMemAvailable:   {kib} kB\n"));
+        assert_eq!(available(MEMORY / 1024).remedy, None);
+        assert!(available(MEMORY / 1024 - 1).remedy.unwrap().contains("-m 256m"));
+        assert_eq!(locks(Path::new("/tmp")).remedy, None);
+        assert!(locks(Path::new("/no/such/directory")).remedy.is_some());
         assert!(device(Path::new("/dev/no-such-device")).remedy.unwrap().contains("modprobe"));
         assert_eq!(device(Path::new("/dev/null")).remedy, None);
     }

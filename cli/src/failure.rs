@@ -107,7 +107,7 @@ pub fn explain(error: &Error) -> String {
         Error::Process { name, why } if name.is_empty() => why.clone(),
         Error::HostUnsupported { .. } => format!("{error}; cubby doctor checks the rest"),
         Error::Timeout { what } => format!("{what:?} took longer than its time-out and was ended"),
-        error => error.to_string(),
+        error => crate::images::explained(error).unwrap_or_else(|| error.to_string()),
     };
     let mut cause = error.source();
     while let Some(error) = cause {

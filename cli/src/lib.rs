@@ -12,11 +12,14 @@ mod arguments;
 mod doctor;
 mod events;
 mod failure;
+mod images;
 mod lifecycle;
 mod list;
+mod manual;
 mod name;
 mod output;
 mod progress;
+mod prune;
 mod run;
 mod session;
 mod stats;
@@ -29,7 +32,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use arguments::{Arguments, Command};
+use arguments::{Arguments, Command, List};
 use failure::Failure;
 
 /// The whole program.
@@ -70,7 +73,8 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
             lifecycle::each(names, lifecycle::Operation::Drain { deadline }).await
         }
         Command::Rm { names, force } => lifecycle::each(names, lifecycle::Operation::Remove { force }).await,
-        Command::Ls { quiet, json, .. } => list::list(quiet, json).await,
+        Command::Ps(list) => list::list(list).await,
+        Command::Ls(list) => list::list(List { all: true, ..list }).await,
         Command::Inspect { names, .. } => list::inspect(names).await,
         Command::Events { name, event, .. } => events::events(&name, event.as_deref()).await,
         Command::Emit { name, event, data } => events::emit(&name, &event, &data).await,
@@ -83,6 +87,11 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
             stats::stats(names, form).await
         }
         Command::Doctor { json } => doctor::doctor(json).await,
+        Command::Pull(pull) => images::pull(pull).await,
+        Command::Images(images) => images::list(images).await,
+        Command::Rmi { images } => images::remove(images).await,
+        Command::Prune(prune) => prune::prune(prune).await,
+        Command::Man { directory } => manual::write(&directory),
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "cubby", &mut script);

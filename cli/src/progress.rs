@@ -1,4 +1,5 @@
-//! One changing line on standard error, while an image is fetched and a guest boots; nothing where nobody looks.
+//! What is being done while an image is fetched and a guest boots, on standard error: one changing line on a terminal,
+//! and elsewhere nothing, or a line for each step where that is what was asked for.
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal, Write};
@@ -20,21 +21,40 @@ const BAR: usize = 24;
 pub struct ProgressLine {
     image: String,
     layers: HashMap<String, (u64, u64)>,
-    shown: bool,
+    show: Show,
     drawn: Option<Instant>,
+    /// The newest step that has a line of its own.
+    said: String,
+}
+
+/// How much is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Show {
+    Nothing,
+    /// One line that changes.
+    Line,
+    /// A line for each step.
+    Steps,
 }
 
 impl ProgressLine {
-    /// A line about making a sandbox of `image`; none if it is not wanted or standard error is no terminal.
-    pub fn new(image: &str, quiet: bool) -> Self {
+    /// Progress of what is done with `image`. Where standard error is no terminal, it is shown in `steps` or not at all.
+    pub fn new(image: &str, quiet: bool, steps: bool) -> Self {
+        let show = match (quiet, io::stderr().is_terminal(), steps) {
+            (false, true, _) => Show::Line,
+            (false, false, true) => Show::Steps,
+            _ => Show::Nothing,
+        };
         let image = crate::failure::clean(image);
-        Self { image, layers: HashMap::new(), shown: !quiet && io::stderr().is_terminal(), drawn: None }
+        Self { image, layers: HashMap::new(), show, drawn: None, said: String::new() }
     }
 
     /// Shows what is being done.
     pub fn show(&mut self, progress: &Progress) {
-        if !self.shown {
-            return;
+        match self.show {
+            Show::Nothing => return,
+            Show::Steps => return self.say(progress),
+            Show::Line => {}
         }
         // Counts may be left out, a new step may not.
         let counts = matches!(
@@ -69,6 +89,28 @@ impl ProgressLine {
             Progress::Booting => format!("booting {image}"),
             _ => return None,
         })
+    }
+
+    /// Says a step that was not said yet.
+    fn say(&mut self, progress: &Progress) {
+        if let Some(step) = self.step(progress).filter(|step| *step != self.said) {
+            let _ = io::stderr().write_all(format!("{step}\n").as_bytes());
+            self.said = step;
+        }
+    }
+
+    fn step(&mut self, progress: &Progress) -> Option<String> {
+        match progress {
+            Progress::Image(ImageProgress::Downloading { digest, total, bytes: done }) => {
+                let short: String = digest.hex().chars().take(12).collect();
+                match self.layers.insert(digest.to_string(), (*done, *total)) {
+                    None => Some(format!("pulling {short}, {}", bytes(*total))),
+                    Some(before) => (done == total && before.0 < *total).then(|| format!("pulled {short}")),
+                }
+            }
+            Progress::Image(ImageProgress::Converting { .. }) => Some(format!("converting {}", self.image)),
+            progress => self.text(progress),
+        }
     }
 
     fn draw(&mut self, text: &str) {
@@ -108,8 +150,22 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_has_a_line_when_it_begins_and_one_when_it_is_there() {
+        let mut line = ProgressLine::new("x", false, true);
+        let digest = "a".repeat(64);
+        let mut step = |bytes| {
+            let digest = format!("sha256:{digest}").parse().unwrap();
+            line.step(&Progress::Image(ImageProgress::Downloading { digest, bytes, total: 2000 }))
+        };
+        assert_eq!(step(0).as_deref(), Some("pulling aaaaaaaaaaaa, 2.0 kB"));
+        assert_eq!(step(1000), None);
+        assert_eq!(step(2000).as_deref(), Some("pulled aaaaaaaaaaaa"));
+        assert_eq!(step(2000), None);
+    }
+
+    #[test]
     fn nothing_is_shown_that_nobody_wants() {
-        let mut line = ProgressLine::new("x", true);
+        let mut line = ProgressLine::new("x", true, true);
         line.show(&Progress::Booting);
         assert!(line.drawn.is_none());
         assert_eq!(line.text(&Progress::Booting).as_deref(), Some("booting x"));

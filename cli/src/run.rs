@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use cubbyhole::{Error, ImageDefaults, PullPolicy, Sandbox, SandboxBuilder, Status};
 use tokio_stream::{Stream, StreamExt};
 
-use crate::arguments::{CommandOptions, Create, Exec, Pull, Run, Settings, StreamOptions, Variable};
+use crate::arguments::{CommandOptions, Create, Exec, Pull, Run, Settings, StreamOptions};
 use crate::failure::{Failure, complain, explain};
 use crate::output;
 use crate::progress::ProgressLine;
@@ -22,7 +22,7 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
             "a command ends with the cubby that started it: leave the command away, and start it with cubby exec",
         ));
     }
-    let env = run.settings.command.env.clone();
+    let (env, env_file) = (run.settings.command.env.clone(), run.settings.command.env_file.clone());
     let made = make(run.settings, &image, run.rm).await;
     let sandbox = made.map_err(|error| Failure::of_command(&error))?;
     if run.detach {
@@ -36,7 +36,7 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
         }
         // The sandbox has the options already, for this command and for later ones; but TERM, if it is one of the
         // variables, goes over ours.
-        let options = CommandOptions { env, ..CommandOptions::default() };
+        let options = CommandOptions { env, env_file, ..CommandOptions::default() };
         session::run(&sandbox, Job { words, options, timeout: run.timeout, streams: run.streams }).await
     };
     let ended = ended.await;
@@ -146,7 +146,7 @@ fn builder(name: &str, settings: Settings, image: &str) -> SandboxBuilder {
         Pull::Always => PullPolicy::Always,
         Pull::Never => PullPolicy::Never,
     });
-    for (name, value) in settings.command.env.iter().filter_map(Variable::resolve) {
+    for (name, value) in settings.command.variables() {
         builder = builder.env(name, value);
     }
     for (name, value) in settings.label {
@@ -178,7 +178,7 @@ fn set<T>(
 async fn make(mut settings: Settings, image: &str, ephemeral: bool) -> Result<Sandbox, Error> {
     let named = settings.name.take();
     let name = named.clone().unwrap_or_else(crate::name::generate);
-    let mut line = ProgressLine::new(image, settings.quiet);
+    let mut line = ProgressLine::new(image, settings.quiet, false);
     let builder = builder(&name, settings, image).ephemeral(ephemeral);
     let (progress, create) = builder.create_with_progress();
     let (sandbox, ()) = tokio::join!(create, watch(progress, &mut line));

@@ -11,7 +11,7 @@ use cubbyhole::{Error, ExecEvent, ExecHandle, ExecInput, ExitStatus, Sandbox};
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::arguments::{CommandOptions, StreamOptions, Variable};
+use crate::arguments::{CommandOptions, StreamOptions};
 use crate::failure::Failure;
 use crate::output;
 use crate::terminal::{self, RawMode};
@@ -81,7 +81,7 @@ async fn attach(sandbox: &Sandbox, job: Job, signals: Signals) -> Result<Ended, 
                 options.env("TERM", term);
             }
         }
-        for (name, value) in job.options.env.iter().filter_map(Variable::resolve) {
+        for (name, value) in job.options.variables() {
             options.env(name, value);
         }
         if let Some(directory) = job.options.workdir {

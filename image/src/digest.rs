@@ -64,6 +64,11 @@ impl Digest {
         format!("{}-{}", self.algorithm.name(), self.hex)
     }
 
+    /// What [`Self::file_name`] was made from.
+    pub(crate) fn from_file_name(name: &str) -> Option<Self> {
+        name.replacen('-', ":", 1).parse().ok()
+    }
+
     /// The first 16 bytes of the hash, for a file system's UUID.
     pub(crate) fn prefix(&self) -> [u8; 16] {
         let mut prefix = [0; 16];

@@ -166,6 +166,12 @@ pub enum Error {
         /// Bytes that must stay free.
         reserve: u64,
     },
+    /// Another process has not let go of the store.
+    #[error("another process has kept {} locked for too long: end it (fuser tells which it is), and try again", path.display())]
+    Busy {
+        /// The lock.
+        path: PathBuf,
+    },
     /// The store's own files could not be read or written.
     #[error("cannot {doing} {}", path.display())]
     Io {

@@ -40,4 +40,4 @@ pub use digest::{Digest, InvalidDigest};
 pub use error::Error;
 pub use options::{Credentials, Limits, Platform, Progress, ProgressSink, PullOptions, PullPolicy};
 pub use reference::Reference;
-pub use store::{Image, Store};
+pub use store::{Hold, Image, Removal, Store, Stored};

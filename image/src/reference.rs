@@ -59,6 +59,20 @@ pub enum Reference {
     },
 }
 
+impl Reference {
+    /// The same with its path, if it has one, absolute: what it means in every directory.
+    #[must_use]
+    pub fn absolute(&self) -> Self {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        match self.clone() {
+            Self::Oci { path, tag } => Self::Oci { path: absolute(&path), tag },
+            Self::DockerArchive { path, tag } => Self::DockerArchive { path: absolute(&path), tag },
+            Self::Dir { path } => Self::Dir { path: absolute(&path) },
+            registry => registry,
+        }
+    }
+}
+
 impl FromStr for Reference {
     type Err = Error;
 

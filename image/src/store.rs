@@ -5,6 +5,7 @@
 //! images/<digest>/disk.erofs, image.json         an image: appears whole, by one rename
 //! blobs/<digest>[.part]                          layers on their way, or kept
 //! locks/<digest>                                 who makes an image holds its lock
+//! locks/removal                                  held shared while images are relied on, alone while one goes
 //! tmp/                                           images being made
 //! ```
 //!
@@ -29,6 +30,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::{Digest, Error, ImageConfig, Platform, PullOptions, PullPolicy, Reference, pull, source};
+
+mod inventory;
+
+pub use inventory::{Hold, Removal, Stored};
 
 const DISK: &str = "disk.erofs";
 const DESCRIPTION: &str = "image.json";
@@ -137,44 +142,6 @@ impl Store {
             config,
             size,
         }))
-    }
-
-    /// All references that the store knows with their images, sorted by reference.
-    ///
-    /// # Errors
-    /// [`Error::Io`] if the store cannot be read.
-    pub fn list(&self) -> Result<Vec<(String, Image)>, Error> {
-        let mut all = Vec::new();
-        for (path, pointer) in self.pointers()? {
-            match self.image(&pointer.digest)? {
-                Some(image) => all.push((pointer.reference, image)),
-                None => remove_file(&path)?,
-            }
-        }
-        all.sort_by(|(a, _), (b, _)| a.cmp(b));
-        Ok(all)
-    }
-
-    /// Removes an image and the references to it. A sandbox that has the disk open keeps it. Returns whether
-    /// the image was there.
-    ///
-    /// # Errors
-    /// [`Error::Io`] if its files cannot be removed.
-    pub fn remove(&self, digest: &Digest) -> Result<bool, Error> {
-        for (path, pointer) in self.pointers()? {
-            if pointer.digest == *digest {
-                remove_file(&path)?;
-            }
-        }
-        let dir = self.images().join(digest.file_name());
-        // Out of sight in one step, so that nobody finds half an image.
-        let grave =
-            self.root.join("tmp").join(format!("removed-{}-{}", digest.file_name(), std::process::id()));
-        match fs::rename(&dir, &grave) {
-            Ok(()) => remove_dir(&grave).map(|()| true),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(e) => Err(Error::io("remove", &dir)(e)),
-        }
     }
 
     /// Brings the image that `reference` stands for into the store, as far as `policy` asks for it, and
@@ -288,7 +255,7 @@ impl Store {
         stamp: Option<PullStamp>,
     ) -> Result<(), Error> {
         let pointer = Pointer {
-            reference: reference.to_string(),
+            reference: reference.absolute().to_string(),
             platform: platform.clone(),
             digest: digest.clone(),
             stamp: stamp.map(|PullStamp(stamp)| stamp),
@@ -310,13 +277,7 @@ impl Store {
     }
 
     fn pointer(&self, reference: &Reference, platform: &Platform) -> PathBuf {
-        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let reference = match reference.clone() {
-            Reference::Oci { path, tag } => Reference::Oci { path: absolute(&path), tag },
-            Reference::DockerArchive { path, tag } => Reference::DockerArchive { path: absolute(&path), tag },
-            Reference::Dir { path } => Reference::Dir { path: absolute(&path) },
-            registry => registry,
-        };
+        let reference = reference.absolute();
         let key = Digest::sha256(format!("{reference}\n{platform}").as_bytes());
         self.root.join("refs").join(format!("{}.json", key.hex()))
     }

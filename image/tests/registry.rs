@@ -100,9 +100,12 @@ fn a_pulled_image_is_found_without_the_registry() {
     );
     assert_eq!(server.requests("").len(), before + 1);
 
-    assert_eq!(bench.store.list().unwrap(), [(text, pulled.clone())]);
-    assert!(bench.store.remove(&pulled.digest).unwrap());
-    assert!(!bench.store.remove(&pulled.digest).unwrap());
+    let listed = bench.store.list().unwrap();
+    assert_eq!((listed.len(), &listed[0].image, &listed[0].references), (1, &pulled, &vec![text]));
+    assert!(listed[0].on_disk >= pulled.size && listed[0].pulled_at.elapsed().unwrap().as_secs() < 3600);
+    assert!(bench.store.removal().unwrap().remove(&pulled.digest).unwrap());
+    assert!(!bench.store.removal().unwrap().remove(&pulled.digest).unwrap());
+    assert_eq!(bench.store.list().unwrap(), []);
     assert_eq!(bench.store.find(&reference).unwrap(), None);
     assert_eq!(bench.litter(), [""; 0]);
 }
@@ -547,4 +550,46 @@ fn a_local_image_that_changed_is_converted_again() {
     assert_ne!(first.digest, second.digest);
     assert_eq!(Erofs::open(&second.disk).read()[&b"/f"[..]].content, b"2");
     assert_eq!(pull("2"), second);
+}
+
+#[test]
+fn pulls_and_removals_at_once_leave_whole_images_and_nothing_else() {
+    let server = Server::registry(image(), |_, response| response);
+    let bench = Bench::new();
+    let text = format!("{}/app", server.host);
+    let relied_on = AtomicUsize::new(0);
+    let pull = || {
+        for _ in 0..20 {
+            let pulled = bench.pull(&text, &PullOptions::default()).unwrap();
+            let hold = bench.store.hold().unwrap();
+            // It may be gone again; but what is here now stays as long as it is relied on.
+            if let Some(image) = bench.store.image(&pulled.digest).unwrap() {
+                std::thread::yield_now();
+                assert_eq!(std::fs::metadata(&image.disk).unwrap().len(), pulled.size);
+                relied_on.fetch_add(1, Ordering::Relaxed);
+            }
+            drop(hold);
+        }
+    };
+    let digest = Digest::sha256(&image().manifest);
+    let removed = std::thread::scope(|scope| {
+        let pulls = [scope.spawn(pull), scope.spawn(pull), scope.spawn(pull)];
+        let mut removed = 0;
+        while !pulls.iter().all(|pull| pull.is_finished()) {
+            removed += usize::from(bench.store.removal().unwrap().remove(&digest).unwrap());
+        }
+        removed
+    });
+    assert!(removed > 0 && relied_on.into_inner() > 0);
+    assert_eq!(bench.litter(), [""; 0]);
+    bench.store.removal().unwrap().remove(&digest).unwrap();
+    assert_eq!(bench.store.list().unwrap(), []);
+    // The way back.
+    bench.pull(&text, &PullOptions::default()).unwrap();
+    let reference: Reference = text.parse().unwrap();
+    assert!(bench.store.removal().unwrap().forget(&reference).unwrap());
+    assert!(!bench.store.removal().unwrap().forget(&reference).unwrap());
+    assert_eq!(bench.store.find(&reference).unwrap(), None);
+    let listed = bench.store.list().unwrap();
+    assert_eq!((listed.len(), listed[0].references.len()), (1, 0));
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use cubby_image::{Image, PullOptions, Reference};
+use cubby_image::{PullOptions, Reference};
 use cubby_state::{ImageDefaults, ImageSource, LaunchSpec, Mistake, SandboxConfig, SandboxName};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -175,7 +175,9 @@ impl SandboxBuilder {
         let (name, reference) = self.check()?;
         let runtime = find_runtime(self.config.runtime.as_deref())?;
         let context = Context::open()?;
-        let image = pull(&context, &reference, self.pull_policy, report).await?;
+        let (image, hold) =
+            pull_and_hold(&context, &reference, self.pull_policy, &|step| report(Progress::Image(step)))
+                .await?;
         self.config.image = ImageSource {
             digest: Some(image.digest.to_string()),
             defaults: defaults(&image),
@@ -183,6 +185,8 @@ impl SandboxBuilder {
         };
         let record =
             context.store.create(&name, &self.config).map_err(|error| Error::store(&self.name, error))?;
+        // From here on the record keeps it.
+        drop(hold);
         let spec = context.launch_spec(&record, image.disk, attached, BOOT_TIMEOUT_MS);
         let made = context.format_disk(&spec);
         match made {
@@ -214,7 +218,30 @@ fn shorten(text: &str) -> String {
     format!("{start:?}")
 }
 
-async fn pull(context: &Context, reference: &Reference, policy: PullPolicy, report: Report<'_>) -> R<Image> {
+/// The image, and that it stays until somebody has written down that it is used.
+async fn pull_and_hold(
+    context: &Context,
+    reference: &Reference,
+    policy: PullPolicy,
+    report: &(dyn Fn(cubby_image::Progress) + Send + Sync),
+) -> R<(cubby_image::Image, cubby_image::Hold)> {
+    loop {
+        let image = pull(context, reference, policy, report).await?;
+        let hold = context.images.hold()?;
+        if context.images.image(&image.digest)?.is_some() {
+            return Ok((image, hold));
+        }
+        // Somebody has removed it in this very moment.
+    }
+}
+
+/// The image that `reference` stands for, fetched if `policy` asks for that.
+pub(crate) async fn pull(
+    context: &Context,
+    reference: &Reference,
+    policy: PullPolicy,
+    report: &(dyn Fn(cubby_image::Progress) + Send + Sync),
+) -> R<cubby_image::Image> {
     if policy != PullPolicy::Always
         && let Some(image) = context.images.find(reference)?
     {
@@ -225,13 +252,15 @@ async fn pull(context: &Context, reference: &Reference, policy: PullPolicy, repo
     let mut pull = std::pin::pin!(context.images.resolve(reference, policy, &options));
     loop {
         tokio::select! {
+            // What was told before the end is passed on before it.
+            biased;
+            Some(progress) = receiver.recv() => report(progress),
             image = &mut pull => return Ok(image?),
-            Some(progress) = receiver.recv() => report(Progress::Image(progress)),
         }
     }
 }
 
-fn defaults(image: &Image) -> ImageDefaults {
+fn defaults(image: &cubby_image::Image) -> ImageDefaults {
     let config = &image.config;
     let some = |text: &String| (!text.is_empty()).then(|| text.clone());
     ImageDefaults {

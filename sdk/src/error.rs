@@ -145,6 +145,20 @@ pub enum Error {
         /// The image.
         reference: String,
     },
+    /// No image, or more than one, is meant by this.
+    #[error("no image here is {image:?}, or several are: Image::list() tells which there are")]
+    ImageNotFound {
+        /// What was asked for.
+        image: String,
+    },
+    /// Sandboxes were created from the image, and need it whenever they boot.
+    #[error("image {image:?} is used by {}: remove them first", .sandboxes.join(", "))]
+    ImageInUse {
+        /// What was asked for.
+        image: String,
+        /// The sandboxes.
+        sandboxes: Vec<String>,
+    },
     /// The configuration has mistakes: all of them are here.
     #[error("the configuration has {} mistakes: {}", .0.len(), list(.0))]
     InvalidConfig(Vec<cubby_state::Mistake>),

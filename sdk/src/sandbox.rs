@@ -1,5 +1,7 @@
 //! A sandbox in the hands of a program.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -151,6 +153,7 @@ impl Sandbox {
             started_at: run.started_at,
             pid: run.process.filter(|_| record.status.is_live()).map(|process| process.pid),
             exit: run.exit,
+            size_on_disk: size_on_disk(&self.link.context.store.home().sandbox(&self.link.id)),
             config: record.config,
         })
     }
@@ -390,6 +393,8 @@ pub struct Inspection {
     pub pid: Option<u32>,
     /// How that run ended; `None` if it has not.
     pub exit: Option<ExitReport>,
+    /// Bytes that its own files take on the host's disk; those of its image are not among them.
+    pub size_on_disk: u64,
     /// What it was made from, the image's own configuration included.
     pub config: SandboxConfig,
 }
@@ -422,6 +427,12 @@ impl SandboxHandle {
     pub async fn connect(&self) -> R<Sandbox> {
         Sandbox::get(self.name()).await
     }
+}
+
+/// What the files of a directory take on the disk. What is gone, or not to be read, takes nothing.
+fn size_on_disk(directory: &Path) -> u64 {
+    let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|file| file.blocks().saturating_mul(512)).sum()
 }
 
 /// The image that the sandbox was created from.

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use cubbyhole::{Error, Sandbox};
+use cubbyhole::{Error, Image, Sandbox};
 
 /// The library in a process of its own, because its home comes from the environment: this binary, running
 /// [`child`] alone.
@@ -68,6 +68,17 @@ async fn bad_names() {
     }
 }
 
+async fn bad_image_names() {
+    for name in ["", " ", "UPPER/case", "a:b:c", "python:", "a/../b", "a\0b", "\x1b[2J", "oci:"] {
+        let Err(error) = Image::pull(name).await else { panic!("{name:?} was pulled") };
+        assert!(matches!(error, Error::Image(_)), "{name:?}: {error:?}");
+        for outcome in [Image::get(name).await, Image::remove(name).await] {
+            let Err(error @ Error::ImageNotFound { .. }) = outcome else { panic!("{name:?}: {outcome:?}") };
+            assert!(!error.to_string().contains(['\0', '\x1b']), "{error}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn child() {
     let Ok(what) = std::env::var("CUBBY_TEST_DO") else { return };
@@ -77,6 +88,14 @@ async fn child() {
         "get" => Sandbox::get("worker").await.map(drop),
         "start" => Sandbox::start("worker").await.map(drop),
         "remove" => Sandbox::remove("worker").await,
+        "pull" => Image::pull("oci:/no/such/image").await.map(drop),
+        "images" => Image::list().await.map(drop),
+        "remove an image" => Image::remove("oci:/no/such/image").await.map(drop),
+        "prune images" => Image::prune().await.map(drop),
+        "image names" => {
+            bad_image_names().await;
+            Ok(())
+        }
         "names" => {
             bad_names().await;
             Ok(())
@@ -123,6 +142,12 @@ fn what_cannot_be_a_name_is_told_so_and_touches_no_file() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
+#[test]
+fn what_cannot_be_an_image_is_told_so() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(told(&dir.path().join("home"), "image names"), "nothing");
+}
+
 #[tokio::test]
 async fn all_mistakes_are_told_at_once() {
     let wrong = Sandbox::builder("no name, this").image("a").cpus(0).memory(1).disk(1).workdir("relative");
@@ -137,7 +162,8 @@ async fn all_mistakes_are_told_at_once() {
     }
 }
 
-const CALLS: [&str; 5] = ["create", "list", "get", "start", "remove"];
+const CALLS: [&str; 9] =
+    ["create", "list", "get", "start", "remove", "pull", "images", "remove an image", "prune images"];
 
 #[test]
 fn a_read_only_home_is_named_with_what_to_do() {

@@ -1,23 +1,20 @@
 //! The `cubby` command: what it prints, how it ends, and what becomes of a terminal in its hands.
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Output, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
+mod images;
 
-use cubby_tests::{BOUND, image, name, shared, shell, signal, small_image, until, within};
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use cubby_tests::{image, name, shared, shell, signal, small_image, until, within};
 use cubbyhole::{Error, Sandbox};
-use rustix::fs::OFlags;
 use rustix::process::Signal;
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
+use rustix::termios::LocalModes;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
 use super::CUBBY;
+use super::terminal::{Terminal, flags};
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(CUBBY);
@@ -109,6 +106,10 @@ async fn what_is_wrong_before_a_guest_boots_is_said_and_is_125() {
         (&["run", "-it", &image()], "standard input is none"),
         (&["run", "-m", "512", &image()], "512m or 2g"),
         (&["run", "-d", &image(), "true"], "cubby exec"),
+        (&["run", "-v", "/a:/b", &image(), "true"], "shares no directory"),
+        (&["run", "-p", "80:80", &image(), "true"], "no network yet"),
+        (&["run", "--network", "host", &image(), "true"], "no network yet"),
+        (&["run", "--env-file", "/no/such/file", &image(), "true"], "No such file"),
         (&["exec", "no-such-sandbox", "true"], "there is no sandbox named \"no-such-sandbox\": cubby ls"),
     ] {
         let output = cubby(line).await;
@@ -140,9 +141,13 @@ async fn a_sandbox_is_made_listed_used_stopped_booted_and_removed() {
     assert_eq!(inspected[0]["config"]["env"]["GREETING"], "hello");
     assert_eq!(inspected[0]["exit"], Value::Null);
 
-    let script = "pwd; echo $GREETING $ONE | tee kept";
-    let exec = ["exec", "-w", "/root", "-e", "ONE=1", &name, "sh", "-c", script];
-    assert_eq!(printed(&cubby(&exec).await), "/root\nhello 1\n");
+    let files = tempfile::tempdir().unwrap();
+    let variables = files.path().join("variables");
+    std::fs::write(&variables, "# of a file\nONE=0\nTWO=2 and\n").unwrap();
+    let script = "pwd; echo $GREETING $ONE | tee kept; echo \"$TWO\"";
+    let file = ["exec", "--env-file", variables.to_str().unwrap()];
+    let exec = [&file[..], &["-w", "/root", "-e", "ONE=1", &name, "sh", "-c", script]].concat();
+    assert_eq!(printed(&cubby(&exec).await), "/root\nhello 1\n2 and\n");
     let script = cubby_reading(&["shell", &name], b"echo a shell; exit 6\n").await;
     assert_ended(&script, 6);
     assert_eq!(text(&script.stdout), "a shell\n");
@@ -157,6 +162,18 @@ async fn a_sandbox_is_made_listed_used_stopped_booted_and_removed() {
     assert_ended(&stopped, 1);
     assert_eq!(text(&stopped.stdout), format!("{name}\n"));
     assert!(text(&stopped.stderr).contains("\"no-such-sandbox\""), "{stopped:?}");
+    for (line, listed) in [
+        (&["ps", "-q"][..], false),
+        (&["ps", "-aq"], true),
+        (&["ls", "-q"], true),
+        (&["ls", "-q", "--filter", "label=purpose=test", "-f", "status=stopped"], true),
+        (&["ls", "-q", "--filter", "label=purpose=other"], false),
+        (&["ps", "-q", "--filter", "status=exited"], true),
+        (&["ls", "-q", "--filter", "status=running"], false),
+    ] {
+        let output = cubby(line).await;
+        assert_eq!(printed(&output).lines().any(|line| line == name), listed, "{line:?}");
+    }
     let late = cubby(&["exec", &name, "true"]).await;
     assert_ended(&late, 125);
     assert!(
@@ -240,97 +257,11 @@ async fn an_interrupt_is_the_commands_and_a_second_one_kills() {
     assert_eq!(within("the end", child.wait()).await.unwrap().code(), Some(137));
 }
 
-/// A terminal with the command on it, and what it shows.
-struct Terminal {
-    ours: OwnedFd,
-    keys: File,
-    shown: String,
-    screen: mpsc::Receiver<Vec<u8>>,
-    child: Child,
-}
-
-impl Terminal {
-    fn start(arguments: &[&str], rows: u16, columns: u16) -> Self {
-        let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-        grantpt(&ours).unwrap();
-        unlockpt(&ours).unwrap();
-        let path = ptsname(&ours, Vec::new()).unwrap();
-        resize(&ours, rows, columns);
-        let theirs =
-            rustix::fs::open(path, OFlags::RDWR | OFlags::NOCTTY, rustix::fs::Mode::empty()).unwrap();
-        let stream = || Stdio::from(theirs.try_clone().unwrap());
-        let child = Command::new("setsid")
-            .args(["--ctty", CUBBY])
-            .args(arguments)
-            .stdin(stream())
-            .stdout(stream())
-            .stderr(stream())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        let (sender, screen) = mpsc::channel();
-        let mut from = File::from(ours.try_clone().unwrap());
-        // The other end held open: the terminal is there after the command as well.
-        std::thread::spawn(move || {
-            let _held = theirs;
-            let mut bytes = vec![0; 4096];
-            while let Ok(count @ 1..) = from.read(&mut bytes) {
-                if sender.send(bytes[..count].to_vec()).is_err() {
-                    break;
-                }
-            }
-        });
-        let keys = File::from(ours.try_clone().unwrap());
-        Self { ours, keys, shown: String::new(), screen, child }
-    }
-
-    fn type_in(&mut self, keys: &str) {
-        self.keys.write_all(keys.as_bytes()).unwrap();
-    }
-
-    /// Takes what is shown up to and including `text`, if it comes within the time.
-    fn see(&mut self, text: &str, within: Duration) -> bool {
-        let begin = Instant::now();
-        loop {
-            if let Some(at) = self.shown.find(text) {
-                self.shown.drain(..at + text.len());
-                return true;
-            }
-            match self.screen.recv_timeout(within.saturating_sub(begin.elapsed())) {
-                Ok(bytes) => self.shown.push_str(&String::from_utf8_lossy(&bytes)),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return false,
-            }
-        }
-    }
-
-    fn expect(&mut self, text: &str) {
-        assert!(self.see(text, BOUND), "{text:?} was not shown, but {:?}", self.shown);
-    }
-
-    fn modes(&self) -> Termios {
-        tcgetattr(&self.ours).unwrap()
-    }
-
-    async fn end(mut self) -> Option<i32> {
-        within("the end", self.child.wait()).await.unwrap().code()
-    }
-}
-
-fn resize(terminal: impl AsFd, rows: u16, columns: u16) {
-    let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-    tcsetwinsize(terminal, size).unwrap();
-}
-
-/// What of a terminal's modes a program changes.
-fn flags(modes: &Termios) -> String {
-    format!("{:?} {:?} {:?}", modes.input_modes, modes.output_modes, modes.local_modes)
-}
-
 #[tokio::test]
 async fn a_terminal_reaches_the_guest_with_its_keys_and_sizes_and_comes_back_as_it_was() {
     let (name, image) = (name("cli-tty"), image());
     let run = ["run", "-it", "--rm", "--name", &name, "-m", "192m", "-e", "PS1=prompt> ", &image, "sh"];
-    let mut terminal = Terminal::start(&run, 33, 101);
+    let mut terminal = Terminal::cubby(&run, 33, 101);
     let before = flags(&terminal.modes());
     terminal.expect("booting ");
     terminal.expect("prompt> ");
@@ -339,7 +270,7 @@ async fn a_terminal_reaches_the_guest_with_its_keys_and_sizes_and_comes_back_as_
     );
     terminal.type_in("stty size\n");
     terminal.expect("\r\n33 101\r\n");
-    resize(&terminal.ours, 44, 155);
+    terminal.resize(44, 155);
     // No event tells when it has arrived.
     until("the new size", async || {
         terminal.type_in("stty size\n");
@@ -353,7 +284,7 @@ async fn a_terminal_reaches_the_guest_with_its_keys_and_sizes_and_comes_back_as_
     terminal.type_in("echo code=$?.\n");
     terminal.expect("code=130.");
     terminal.type_in("exit 5\n");
-    until("the end", async || terminal.child.try_wait().unwrap().is_some()).await;
+    until("the end", async || terminal.child().try_wait().unwrap().is_some()).await;
     assert_eq!(flags(&terminal.modes()), before);
     assert_eq!(terminal.end().await, Some(5));
     until("the removal", async || matches!(Sandbox::get(&name).await, Err(Error::NotFound { .. }))).await;
@@ -363,16 +294,16 @@ async fn a_terminal_reaches_the_guest_with_its_keys_and_sizes_and_comes_back_as_
 async fn a_terminal_is_given_back_when_the_command_is_told_to_end() {
     let sandbox = shared().await;
     let exec = ["exec", "-it", "-e", "PS1=prompt> ", sandbox.name(), "sh"];
-    let mut terminal = Terminal::start(&exec, 24, 80);
+    let mut terminal = Terminal::cubby(&exec, 24, 80);
     let before = flags(&terminal.modes());
     terminal.expect("prompt> ");
     assert_ne!(flags(&terminal.modes()), before);
-    signal(terminal.child.id().unwrap(), Signal::TERM);
-    until("the end", async || terminal.child.try_wait().unwrap().is_some()).await;
+    signal(terminal.child().id().unwrap(), Signal::TERM);
+    until("the end", async || terminal.child().try_wait().unwrap().is_some()).await;
     assert_eq!(flags(&terminal.modes()), before);
     assert_eq!(terminal.end().await, Some(143));
     // Nobody can read what a command on no terminal prints.
-    let mut wrong = Terminal::start(&["exec", sandbox.name(), "no-such-program"], 24, 80);
+    let mut wrong = Terminal::cubby(&["exec", sandbox.name(), "no-such-program"], 24, 80);
     wrong.expect("error:");
     wrong.expect("no such program");
     assert_eq!(wrong.end().await, Some(127));
@@ -383,11 +314,25 @@ async fn the_doctor_finds_what_a_guest_needs() {
     let output = cubby(&["doctor", "--json"]).await;
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let checks = report["checks"].as_array().unwrap();
-    for what in ["/dev/kvm", "virtualization", "sandbox process", "kernel and agent", "home"] {
+    let needed = [
+        "/dev/kvm",
+        "virtualization",
+        "sandbox process",
+        "kernel and agent",
+        "home",
+        "file locks",
+        "open files",
+    ];
+    for what in needed {
         let check = checks.iter().find(|check| check["check"] == what).unwrap_or_else(|| panic!("no {what}"));
         assert_eq!((&check["ok"], &check["remedy"]), (&json!(true), &Value::Null), "{check}");
     }
     assert_eq!(output.status.success(), report["ok"] == true);
+    // A home whose path leaves no room for a socket's.
+    let long = format!("/tmp/{}", "h".repeat(80));
+    let output = within("doctor", command(&["doctor"]).env("CUBBY_HOME", &long).output()).await.unwrap();
+    assert_ended(&output, 1);
+    assert!(text(&output.stdout).contains("set CUBBY_HOME to a shorter one"), "{output:?}");
     // Without a sandbox process, that is what is wrong, and there is a remedy.
     let output =
         within("doctor", command(&["doctor"]).env("CUBBY_RUNTIME", "/no/such/file").output()).await.unwrap();

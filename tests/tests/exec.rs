@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cubby_tests::{discard, image, name, python, shared, shell, within};
+use cubby_tests::{discard, image, name, next_output, python, shared, shell, within};
 use cubbyhole::{Error, ExecErrorKind, ExecEvent, ExitStatus, Sandbox};
 
 fn exited(code: i32) -> ExitStatus {
@@ -36,7 +36,7 @@ async fn a_signal_is_a_signal_and_no_exit_code() {
     assert_eq!(output.status(), exited(137));
 }
 
-async fn failure(sandbox: &Sandbox, program: &str, cwd: &str, user: &str) -> (ExecErrorKind, String) {
+async fn failure(sandbox: &Sandbox, program: &str, cwd: &str, user: &str) -> (ExecErrorKind, i32, String) {
     let failed = sandbox.exec_with(program, |options| {
         if !cwd.is_empty() {
             options.cwd(cwd);
@@ -44,33 +44,106 @@ async fn failure(sandbox: &Sandbox, program: &str, cwd: &str, user: &str) -> (Ex
         if user.is_empty() { options } else { options.user(user) }
     });
     match within(program, failed).await {
-        Err(Error::ExecFailed { kind, subject, .. }) => (kind, subject),
+        Err(Error::ExecFailed { kind, errno, subject, .. }) => (kind, errno, subject),
         other => panic!("{program}: {other:?}"),
     }
 }
+
+/// Numbers of the guest's kernel.
+const ENOENT: i32 = 2;
+const ENOEXEC: i32 = 8;
+const EAGAIN: i32 = 11;
+const EACCES: i32 = 13;
+const ENOTDIR: i32 = 20;
+const EINVAL: i32 = 22;
 
 #[tokio::test]
 async fn what_cannot_run_is_an_error_that_names_the_step() {
     let sandbox = shared().await;
     let no_format = "printf '\\177ELF and nothing more' > /tmp/no-format; chmod 755 /tmp/no-format";
     shell(&sandbox, no_format).await;
-    for (program, cwd, user, kind) in [
-        ("no-such-program", "", "", ExecErrorKind::NotFound),
-        ("/no/such/program", "", "", ExecErrorKind::NotFound),
-        ("/etc/passwd", "", "", ExecErrorKind::NotExecutable),
-        ("/tmp", "", "", ExecErrorKind::NotExecutable),
-        ("/tmp/no-format", "", "", ExecErrorKind::BadFormat),
-        ("true", "/no/such/directory", "", ExecErrorKind::BadWorkdir),
-        ("true", "/etc/passwd", "", ExecErrorKind::BadWorkdir),
-        ("true", "", "nobody-at-all", ExecErrorKind::UnknownUser),
+    shell(&sandbox, "printf '#!/no/such/interpreter\\n' > /tmp/lost; chmod 755 /tmp/lost").await;
+    for (program, cwd, user, kind, errno) in [
+        ("no-such-program", "", "", ExecErrorKind::NotFound, ENOENT),
+        ("/no/such/program", "", "", ExecErrorKind::NotFound, ENOENT),
+        ("/etc/passwd/program", "", "", ExecErrorKind::NotFound, ENOENT),
+        ("/tmp/lost", "", "", ExecErrorKind::NotFound, ENOENT),
+        ("/etc/passwd", "", "", ExecErrorKind::NotExecutable, EACCES),
+        ("/tmp", "", "", ExecErrorKind::NotExecutable, EACCES),
+        ("/tmp/no-format", "", "", ExecErrorKind::BadFormat, ENOEXEC),
+        ("true", "/no/such/directory", "", ExecErrorKind::BadWorkdir, ENOENT),
+        ("true", "/etc/passwd", "", ExecErrorKind::BadWorkdir, ENOTDIR),
+        // No system call says so: the agent reads the files.
+        ("true", "", "nobody-at-all", ExecErrorKind::UnknownUser, 0),
+        ("true", "", "games:no-such-group", ExecErrorKind::UnknownUser, 0),
     ] {
-        let (found, subject) = failure(&sandbox, program, cwd, user).await;
-        assert_eq!(found, kind, "{program:?} in {cwd:?} as {user:?}");
-        let culprit = [user, cwd, program].into_iter().find(|one| !one.is_empty()).unwrap();
+        let (found, number, subject) = failure(&sandbox, program, cwd, user).await;
+        assert_eq!((found, number), (kind, errno), "{program:?} in {cwd:?} as {user:?}");
+        let culprit = match kind {
+            ExecErrorKind::UnknownUser => user.rsplit(':').next().unwrap(),
+            ExecErrorKind::BadWorkdir => cwd,
+            _ => program,
+        };
         assert!(subject.contains(culprit), "{subject:?} does not name {culprit:?}");
     }
     // None of it harmed the sandbox.
     assert_eq!(shell(&sandbox, "echo well").await, "well\n");
+}
+
+#[tokio::test]
+async fn limits_are_the_commands_own_and_too_many_processes_are_told_from_all_else() {
+    const NPROC: u8 = 6;
+    const NOFILE: u8 = 7;
+    let sandbox = shared().await;
+    let limited = sandbox.exec_with("sh", |options| {
+        options.args(["-c", "ulimit -S -n; ulimit -H -n"]).rlimit(NOFILE, 100, 200)
+    });
+    assert_eq!(within("exec", limited).await.unwrap().stdout().unwrap(), "100\n200\n");
+    for (resource, soft, hard, subject) in [(99, 1, 1, "rlimit 99"), (NOFILE, 2, 1, "rlimit 7")] {
+        let refused = sandbox.exec_with("true", |options| options.rlimit(resource, soft, hard));
+        match within("exec", refused).await {
+            Err(Error::ExecFailed {
+                kind: ExecErrorKind::BadLimit, errno: EINVAL, subject: found, ..
+            }) => {
+                assert_eq!(found, subject);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    // A user who may have no process and has one cannot start another; root is not counted.
+    let mut one =
+        within("start", sandbox.exec_stream_with("cat", |options| options.user("games"))).await.unwrap();
+    within("start", one.next()).await.unwrap().unwrap();
+    let crowded = sandbox.exec_with("true", |options| options.rlimit(NPROC, 0, 0).user("games"));
+    match within("exec", crowded).await {
+        Err(error @ Error::ExecFailed { kind: ExecErrorKind::TooManyProcesses, errno: EAGAIN, .. }) => {
+            assert!(error.to_string().contains("too many processes"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let root = sandbox.exec_with("true", |options| options.rlimit(NPROC, 0, 0));
+    assert!(within("exec", root).await.unwrap().success());
+}
+
+#[tokio::test]
+async fn a_guest_that_is_full_of_processes_says_so_and_takes_commands_again() {
+    let sandbox = cubby_tests::sandbox("crowded").await;
+    // A shell that needs no other process to change the limit. The kernel takes nothing below 20, and is past that.
+    let script = "max=$(cat /proc/sys/kernel/threads-max); echo 20 > /proc/sys/kernel/threads-max || exit 1; echo low; \
+                  read go; echo $max > /proc/sys/kernel/threads-max || exit 1; echo high; read go";
+    let mut switch = within("start", sandbox.exec_stream("sh", ["-c", script])).await.unwrap();
+    assert_eq!(next_output(&mut switch).await, "low\n");
+    match within("exec", sandbox.exec("true", [""; 0])).await {
+        Err(Error::ExecFailed { kind: ExecErrorKind::TooManyProcesses, errno: EAGAIN, subject, .. }) => {
+            assert_eq!(subject, "true");
+        }
+        other => panic!("{other:?}"),
+    }
+    within("write", switch.write_stdin("\n")).await.unwrap();
+    assert_eq!(next_output(&mut switch).await, "high\n");
+    assert_eq!(shell(&sandbox, "echo well").await, "well\n");
+    drop(switch);
+    discard(sandbox).await;
 }
 
 #[tokio::test]

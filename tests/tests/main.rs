@@ -14,11 +14,13 @@ mod exec;
 mod flow;
 mod host;
 mod image;
+mod interactive;
 mod lockin;
 mod many;
 mod metrics;
 mod processes;
 mod seed;
+mod terminal;
 mod tidy;
 
 /// The other program (`src/bin/client/main.rs`).

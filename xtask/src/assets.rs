@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::kernel::{self, Kernel};
-use crate::{packages, process, progress, workspace};
+use crate::process::{self, command};
+use crate::{packages, progress, workspace};
 
 /// A file of the installation, where it goes, and what its mode is.
 struct File {
@@ -38,15 +39,33 @@ pub fn build(cargo: Cargo) -> Result<PathBuf> {
 /// Builds everything and puts it under `prefix`.
 pub fn install(prefix: &Path) -> Result<()> {
     let mut files = vec![guest_agent(Cargo::Shows)?, sandbox_process(Cargo::Shows)?, guest_kernel()?];
-    if workspace::root()?.join("cli/Cargo.toml").exists() {
-        let from = static_binary("cubby-cli", "cubby", "release", "static", Cargo::Shows)?;
-        files.push(File { from, to: "bin/cubby", mode: 0o755 });
-    }
+    let from = static_binary("cubby-cli", "cubby", "release", "static", Cargo::Shows)?;
+    files.push(File { from: from.clone(), to: "bin/cubby", mode: 0o755 });
+    let scratch = workspace::target()?.join("installed");
+    files.extend(completions(&from, &scratch)?);
     for file in &files {
         place(file, prefix)?;
         progress::note(prefix.join(file.to).display().to_string());
     }
+    let manual = prefix.join("share/man/man1");
+    process::run(command(&from, ["man"]).arg(&manual))?;
+    progress::note(manual.display().to_string());
     Ok(())
+}
+
+/// What shells complete the command line of `cubby` with, where each looks for it.
+fn completions(cubby: &Path, scratch: &Path) -> Result<[File; 3]> {
+    fs::create_dir_all(scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
+    let script = |shell: &str, to| {
+        let from = scratch.join(shell);
+        fs::write(&from, process::output(&mut command(cubby, ["completion", shell]))?)?;
+        anyhow::Ok(File { from, to, mode: 0o644 })
+    };
+    Ok([
+        script("bash", "share/bash-completion/completions/cubby")?,
+        script("zsh", "share/zsh/site-functions/_cubby")?,
+        script("fish", "share/fish/vendor_completions.d/cubby.fish")?,
+    ])
 }
 
 /// The environment in which a program finds what was built.

@@ -12,10 +12,14 @@ use crate::registry::Registry;
 use crate::{packages, progress};
 
 /// Raised when this file makes something else.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// The Debian release, the one that this project is developed on.
 const SUITE: &str = "bookworm";
+
+/// What is in it besides what every Debian has. Python with its line editor, and what people use at a terminal, because
+/// the tests do. `usr-is-merged` says that there is nothing for `usrmerge` to do, which would bring all of Perl.
+const PACKAGES: &str = "usr-is-merged,python3-minimal,libpython3-stdlib,procps,vim-tiny";
 
 /// A Python image.
 pub struct PythonImage(PathBuf);
@@ -65,9 +69,10 @@ fn make(scratch: &Path) -> Result<PathBuf> {
     fs::create_dir_all(&made)?;
     let (tar, layout, storage) = (scratch.join("root.tar"), made.join("layout"), made.join("storage"));
 
-    progress::note(format!("{SUITE}, minimal, with python3-minimal (mmdebstrap)"));
+    progress::note(format!("{SUITE}, minimal, with {PACKAGES} (mmdebstrap)"));
     let mut debian = process::as_root("mmdebstrap");
-    debian.args(["--quiet", "--variant=minbase", "--include=python3-minimal", "--format=tar"]);
+    debian.args(["--quiet", "--variant=minbase", "--format=tar"]).arg(format!("--include={PACKAGES}"));
+    debian.arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr");
     for unread in ["doc", "man", "locale"] {
         debian.arg(format!("--dpkgopt=path-exclude=/usr/share/{unread}/*"));
     }

@@ -67,7 +67,8 @@ enum Task {
     Image,
     /// Build what a sandbox is made of into target/assets: guest kernel, guest agent, sandbox process
     Assets,
-    /// Build the same and install it: PREFIX/bin and PREFIX/lib/cubby
+    /// Build the same and the cubby command, and install it with its man pages and completions: PREFIX/bin, PREFIX/lib/cubby
+    /// and PREFIX/share
     Install {
         #[arg(long, value_name = "DIR")]
         prefix: PathBuf,
