@@ -11,6 +11,7 @@ mod kvm;
 mod packages;
 mod process;
 mod progress;
+mod python_suite;
 mod registry;
 mod runner;
 mod test;
@@ -83,6 +84,14 @@ enum Task {
     },
     /// Everything that CI checks: format, clippy, dependencies, unit tests, end-to-end tests on KVM
     Test,
+    /// Python's own tests in a sandbox and in a container, and where the two differ
+    ///
+    /// Takes a quarter of an hour where KVM has to be emulated. docs/python-suite.md has the differences; any other is a
+    /// failure. The container needs runc, and root.
+    PythonSuite {
+        /// The modules (default: test_mmap test_os test_pty test_socket test_subprocess)
+        modules: Vec<String>,
+    },
     /// cargo bench, where KVM works
     Bench {
         /// On the instruction clock: times are instruction counts and repeat
@@ -149,6 +158,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Install { prefix } => assets::install(&prefix)?,
         Task::Demo { image, command } => return Ok(ExitCode::from(demo::run(image, command)?)),
         Task::Test => test::run()?,
+        Task::PythonSuite { modules } => python_suite::run(&modules)?,
         Task::Bench { icount, arguments } => {
             let mut cargo = workspace::cargo()?;
             cargo.args(["bench", "--package", "cubby-benches", "--"]).args(arguments);
