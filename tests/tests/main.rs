@@ -11,6 +11,7 @@ mod crash;
 mod endurance;
 mod exec;
 mod flow;
+mod guide;
 mod host;
 mod image;
 mod lockin;

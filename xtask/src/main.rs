@@ -5,6 +5,7 @@ mod assets;
 mod cache;
 mod demo;
 mod deny;
+mod guide;
 mod images;
 mod kernel;
 mod kvm;
@@ -92,6 +93,8 @@ enum Task {
         /// The modules (default: test_mmap test_os test_pty test_socket test_subprocess)
         modules: Vec<String>,
     },
+    /// The guide as HTML (mdBook), into target/guide
+    Guide,
     /// cargo bench, where KVM works
     Bench {
         /// On the instruction clock: times are instruction counts and repeat
@@ -158,6 +161,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Install { prefix } => assets::install(&prefix)?,
         Task::Demo { image, command } => return Ok(ExitCode::from(demo::run(image, command)?)),
         Task::Test => test::run()?,
+        Task::Guide => guide::build()?,
         Task::PythonSuite { modules } => python_suite::run(&modules)?,
         Task::Bench { icount, arguments } => {
             let mut cargo = workspace::cargo()?;
