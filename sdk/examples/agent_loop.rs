@@ -34,7 +34,8 @@ impl Author {
 
 /// Runs one try. It goes in as a file of the sandbox, and stays there for the next.
 async fn attempt(sandbox: &Sandbox, program: &str) -> Result<ExecOutput, Error> {
-    let write = sandbox.exec_with("sh", |options| options.args(["-c", "cat > task.py"]).stdin(program)).await?;
+    let write =
+        sandbox.exec_with("sh", |options| options.args(["-c", "cat > task.py"]).stdin(program)).await?;
     assert!(write.success(), "{:?}", write.stderr()?);
     sandbox.exec_with("python3", |options| options.args(["task.py"]).timeout(Duration::from_secs(60))).await
 }
@@ -43,8 +44,13 @@ async fn attempt(sandbox: &Sandbox, program: &str) -> Result<ExecOutput, Error> 
 async fn main() -> Result<(), Error> {
     let image = std::env::args().nth(1).unwrap_or_else(|| "python:3.12".into());
     let name = format!("agent-loop-{}", std::process::id());
-    let sandbox =
-        Sandbox::builder(name).image(image).workdir("/task").idle_timeout(300).ephemeral(true).create().await?;
+    let sandbox = Sandbox::builder(name)
+        .image(image)
+        .workdir("/task")
+        .idle_timeout(300)
+        .ephemeral(true)
+        .create()
+        .await?;
     let mut author = Author::new();
     for round in 1..=5 {
         let output = attempt(&sandbox, &author.program).await?;

@@ -33,11 +33,14 @@ async fn main() -> Result<(), Error> {
 
     // ANCHOR: timeout
     let slow = sandbox.exec_with("sleep", |o| o.args(["600"]).timeout(Duration::from_millis(200))).await;
-    println!("{}", slow.expect_err("it is too slow"));
+    if let Err(error @ Error::Timeout { .. }) = slow {
+        println!("{error}");
+    }
     // ANCHOR_END: timeout
 
     // ANCHOR: stream
-    let mut command = sandbox.shell_stream("echo your name?; read name; echo hello $name >&2; exit 3").await?;
+    let mut command =
+        sandbox.shell_stream("echo your name?; read name; echo hello $name >&2; exit 3").await?;
     while let Some(event) = command.next().await {
         match event? {
             ExecEvent::Started { .. } => println!("started"),

@@ -11,7 +11,9 @@ async fn main() -> Result<(), Error> {
     // ANCHOR: pause
     let sandbox = Sandbox::builder(&name).image(image).memory(256).create().await?;
     sandbox.pause().await?;
-    println!("{}: {}", sandbox.status().await?, sandbox.exec("true", [""; 0]).await.expect_err("it is paused"));
+    if let Err(error) = sandbox.exec("true", [""; 0]).await {
+        println!("{}: {error}", sandbox.status().await?);
+    }
     sandbox.resume().await?;
     // ANCHOR_END: pause
 

@@ -1,32 +1,33 @@
-//! Runs programs that nobody has read: each has five seconds and no way out, and whatever it does has a name.
+//! Runs programs that nobody has read: each has its time and no way out, and whatever it does has a name.
 //!
 //! `cargo run --example run_code [IMAGE]`
 use std::time::Duration;
 
 use cubbyhole::{Error, ExecErrorKind, Sandbox};
 
-const PROGRAMS: [&str; 5] = [
-    "print(sum(n * n for n in range(1000)))",
-    "print(1 / 0)",
-    "while True: pass",
-    "import os; os.kill(os.getpid(), 9)",
-    "hoard = [bytearray(1 << 20) for _ in range(1 << 20)]",
+/// Programs, and how many seconds each may take.
+const PROGRAMS: [(&str, u64); 5] = [
+    ("print(sum(n * n for n in range(1000)))", 60),
+    ("print(1 / 0)", 60),
+    ("while True: pass", 1),
+    ("import os; os.kill(os.getpid(), 9)", 60),
+    ("hoard = [bytearray(1 << 20) for _ in range(1 << 20)]", 60),
 ];
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
     let image = std::env::args().nth(1).unwrap_or_else(|| "python:3.12".into());
     let name = format!("run-code-{}", std::process::id());
-    let sandbox = Sandbox::builder(name).image(image).memory(256).ephemeral(true).create().await?;
-    for program in PROGRAMS {
-        println!("{program}\n    {}", run(&sandbox, program).await?);
+    let sandbox = Sandbox::builder(name).image(image).memory(128).ephemeral(true).create().await?;
+    for (program, seconds) in PROGRAMS {
+        println!("{program}\n    {}", run(&sandbox, program, seconds).await?);
     }
     sandbox.stop().await
 }
 
 /// What became of it, in words. An error is one of the sandbox, not of the program.
-async fn run(sandbox: &Sandbox, program: &str) -> Result<String, Error> {
-    let most = Duration::from_secs(5);
+async fn run(sandbox: &Sandbox, program: &str, seconds: u64) -> Result<String, Error> {
+    let most = Duration::from_secs(seconds);
     let run = sandbox.exec_with("python3", |options| options.args(["-c", program]).timeout(most)).await;
     match run {
         Ok(output) => match (output.status().code, output.status().signal) {

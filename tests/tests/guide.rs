@@ -40,7 +40,8 @@ pages! {
 const IMAGE: &str = "python:3.12";
 
 /// What the shell knows besides: the image, and examples without cargo. After each command its number and status.
-const PRELUDE: &str = "exec 2>&1 < /dev/null\ncargo() { shift $(($# - 1)); \"cubby-example-$1\" \"$CUBBY_TEST_IMAGE\"; }\n";
+const PRELUDE: &str =
+    "exec 2>&1 < /dev/null\ncargo() { shift $(($# - 1)); \"cubby-example-$1\" \"$CUBBY_TEST_IMAGE\"; }\n";
 
 const MARK: char = '\u{1}';
 
@@ -139,7 +140,8 @@ async fn home(page: &str) -> PathBuf {
     let home = PathBuf::from(format!("{ours}-{}", page.trim_end_matches(".md")));
     for directory in ["", "cubby"] {
         fs::create_dir(home.join(directory)).unwrap();
-        fs::set_permissions(home.join(directory), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        fs::set_permissions(home.join(directory), std::os::unix::fs::PermissionsExt::from_mode(0o700))
+            .unwrap();
     }
     let mut copy = Command::new("cp");
     copy.args(["--archive", "--link"]).arg(format!("{ours}/cubby/images")).arg(home.join("cubby"));
