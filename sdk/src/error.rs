@@ -313,7 +313,10 @@ impl Error {
         let name = name.to_owned();
         match refused {
             Refused::Draining => Self::Draining { name },
-            Refused::InvalidState { state, operation } => Self::InvalidState { name, state, operation },
+            // What the relay has refused is a session; whoever wanted one knows what for.
+            Refused::InvalidState { state, .. } => {
+                Self::InvalidState { name, state, operation: operation.into() }
+            }
             Refused::SessionInUse => {
                 Self::Process { name, why: format!("{operation}: the session's number is in use") }
             }

@@ -260,18 +260,25 @@ impl ExecHandle {
     /// It is of use only as long as somebody calls [`Self::next`], which is what hears how much input the command
     /// takes.
     ///
-    /// ```no_run
-    /// # async fn example(sandbox: cubbyhole::Sandbox) -> Result<(), cubbyhole::Error> {
+    /// ```
+    /// # #[tokio::main] async fn main() -> Result<(), cubbyhole::Error> {
+    /// # let image = std::env::var("CUBBY_TEST_IMAGE").expect("the runner sets it");
+    /// # let sandbox = cubbyhole::Sandbox::builder("input").image(image).ephemeral(true).create().await?;
     /// let mut sort = sandbox.exec_stream("sort", [""; 0]).await?;
     /// let input = sort.input();
     /// let feed = tokio::spawn(async move {
     ///     input.write("b\na\n").await?;
     ///     input.close().await
     /// });
+    /// let mut sorted = Vec::new();
     /// while let Some(event) = sort.next().await {
-    ///     println!("{:?}", event?);
+    ///     if let cubbyhole::ExecEvent::Stdout(bytes) = event? {
+    ///         sorted.extend(bytes);
+    ///     }
     /// }
-    /// feed.await.expect("it does not panic")
+    /// feed.await.expect("it does not panic")?;
+    /// assert_eq!(sorted, b"a\nb\n");
+    /// # sandbox.stop().await
     /// # }
     /// ```
     pub fn input(&self) -> ExecInput {

@@ -1,13 +1,15 @@
 //! Run code nobody trusts, inside your own program. A [`Sandbox`] is a child process that boots a microVM: its
 //! own kernel, its own disk, nothing of yours.
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), cubbyhole::Error> {
+//! ```
+//! # #[tokio::main] async fn main() -> Result<(), cubbyhole::Error> {
 //! use cubbyhole::Sandbox;
 //!
-//! let sandbox = Sandbox::builder("worker").image("python:3.12").create().await?;
+//! let image = "python:3.12";
+//! # let image = std::env::var("CUBBY_TEST_IMAGE").expect("the runner sets it");
+//! let sandbox = Sandbox::builder("worker").image(image).create().await?;
 //! let output = sandbox.shell("echo hello > /tmp/x && cat /tmp/x").await?;
-//! assert!(output.success());
+//! assert_eq!(output.stdout()?, "hello\n");
 //! sandbox.stop().await?;
 //! Sandbox::remove("worker").await?;
 //! # Ok(()) }

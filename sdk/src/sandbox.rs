@@ -37,11 +37,13 @@ pub struct Sandbox {
 impl Sandbox {
     /// Begins to describe a new sandbox.
     ///
-    /// ```no_run
-    /// # async fn example() -> Result<(), cubbyhole::Error> {
+    /// ```
+    /// # #[tokio::main] async fn main() -> Result<(), cubbyhole::Error> {
     /// use cubbyhole::Sandbox;
     ///
-    /// let sandbox = Sandbox::builder("worker").image("python:3.12").create().await?;
+    /// let image = "python:3.12";
+    /// # let image = std::env::var("CUBBY_TEST_IMAGE").expect("the runner sets it");
+    /// let sandbox = Sandbox::builder("box").image(image).memory(256).ephemeral(true).create().await?;
     /// let output = sandbox.exec("python3", ["-c", "print(6 * 7)"]).await?;
     /// assert_eq!(output.stdout()?, "42\n");
     /// sandbox.stop().await?;

@@ -300,3 +300,30 @@ async fn a_sandbox_is_configured_as_its_builder_says() {
     assert_eq!(within("exec", own).await.unwrap().stdout().unwrap(), "second\n/\nroot\n");
     discard(sandbox).await;
 }
+
+#[tokio::test]
+async fn processes_reach_each_other_over_vsock_and_the_agent_takes_none_of_them_for_the_host() {
+    let program = r#"
+import socket
+LOCAL, AGENT_PORT = 1, 1025
+with socket.socket(socket.AF_VSOCK) as server:
+    server.bind((socket.VMADDR_CID_ANY, 4321))
+    server.listen()
+    with socket.socket(socket.AF_VSOCK) as client:
+        client.connect((LOCAL, 4321))
+        peer, _ = server.accept()
+        client.sendall(b"to oneself")
+        print(peer.recv(100).decode())
+        peer.close()
+# Who is not the host hears nothing, not even a hello.
+with socket.socket(socket.AF_VSOCK) as client:
+    client.settimeout(60)
+    client.connect((LOCAL, AGENT_PORT))
+    try:
+        print(client.recv(100))
+    except ConnectionResetError:
+        print(b"")
+"#;
+    let sandbox = shared().await;
+    assert_eq!(python(&sandbox, program).await, "to oneself\nb''\n");
+}

@@ -154,3 +154,29 @@ async fn an_image_is_pulled_by_reference_from_a_registry() {
     assert_eq!(shell(&sandbox, "python3 -c 'print(6 * 7)'").await, "42\n");
     discard(sandbox).await;
 }
+
+#[tokio::test]
+async fn image_and_disk_are_one_file_system_with_one_number_for_each_file() {
+    // Files and directories of the image, of the disk, and copied up from one to the other.
+    let program = r#"
+import os
+os.makedirs("/root/numbers/new")
+open("/root/numbers/file", "w").close()
+os.chmod("/usr/bin/env", 0o755)
+device = os.lstat("/").st_dev
+seen = {}
+for directory in ["/", "/etc", "/usr/bin", "/usr/lib", "/root/numbers"]:
+    for entry in os.scandir(directory):
+        stat = os.lstat(entry.path)
+        if os.path.ismount(entry.path):
+            continue
+        assert entry.inode() == stat.st_ino, (entry.path, entry.inode(), stat.st_ino)
+        assert stat.st_dev == device, (entry.path, stat.st_dev, device)
+        other = seen.setdefault(stat.st_ino, entry.path)
+        assert other == entry.path or stat.st_nlink > 1, (entry.path, other)
+print(len(seen) > 100)
+"#;
+    let sandbox = shared().await;
+    assert_eq!(cubby_tests::python(&sandbox, program).await, "True\n");
+    shell(&sandbox, "rm -r /root/numbers").await;
+}

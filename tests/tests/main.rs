@@ -12,6 +12,7 @@ mod endurance;
 mod events;
 mod exec;
 mod flow;
+mod guide;
 mod host;
 mod image;
 mod interactive;

@@ -1,5 +1,5 @@
-//! The image that demo and tests run: a small Debian with Python, made from Debian's packages, as an OCI layout, and the
-//! storage of a registry that has it. Both are made once.
+//! The images that demo and tests run, made from Debian's packages, once each: a small Debian with Python, as an OCI
+//! layout and as the storage of a registry that has it; and, for `xtask python-suite`, one with all of Python's own tests.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -61,29 +61,73 @@ impl PythonImage {
     }
 }
 
+/// The image of Python's own tests: everything that the interpreter comes with, and the tests of its standard library.
+/// Gives the OCI layout.
+pub fn python_suite() -> Result<PathBuf> {
+    packages::ensure("making the image of Python's tests", &[packages::IMAGES])?;
+    // netbase: the names of services and protocols, which test_socket asks for.
+    let packages = "python3,libpython3.11-testsuite,netbase";
+    let key = Key::default().with(RECIPE).with(SUITE).with(packages).finish();
+    cache::entry("python-suite", &key, |scratch| {
+        progress::step("making the image of Python's tests from Debian's packages (once)", || {
+            let (tar, layout) = (scratch.join("root.tar"), scratch.join("layout"));
+            remove(&layout)?;
+            debian(packages, &tar)?;
+            oci_layout(&tar, &layout)?;
+            Ok(layout)
+        })
+    })
+}
+
 fn make(scratch: &Path) -> Result<PathBuf> {
     let made = scratch.join("made");
-    if made.exists() {
-        fs::remove_dir_all(&made)?;
-    }
+    remove(&made)?;
     fs::create_dir_all(&made)?;
     let (tar, layout, storage) = (scratch.join("root.tar"), made.join("layout"), made.join("storage"));
+    debian(PACKAGES, &tar)?;
+    let name = format!("python:{}", python_version(&tar)?);
+    let image = oci_layout(&tar, &layout)?;
 
-    progress::note(format!("{SUITE}, minimal, with {PACKAGES} (mmdebstrap)"));
+    progress::note(format!("{name}, into a registry's storage"));
+    fs::create_dir_all(&storage)?;
+    let registry = Registry::start(&storage)?;
+    process::run_quietly(
+        command("skopeo", ["copy", "--quiet", "--dest-tls-verify=false"])
+            .arg(format!("oci:{image}"))
+            .arg(format!("docker://{}/{name}", registry.address())),
+    )?;
+    drop(registry);
+    fs::write(made.join("name"), name)?;
+    Ok(made)
+}
+
+/// What an interrupted run has left.
+fn remove(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir)?;
+    }
+    Ok(())
+}
+
+/// A minimal Debian with some packages, as an archive.
+fn debian(packages: &str, tar: &Path) -> Result<()> {
+    progress::note(format!("{SUITE}, minimal, with {packages} (mmdebstrap)"));
     let mut debian = process::as_root("mmdebstrap");
-    debian.args(["--quiet", "--variant=minbase", "--format=tar"]).arg(format!("--include={PACKAGES}"));
+    debian.args(["--quiet", "--variant=minbase", "--format=tar"]).arg(format!("--include={packages}"));
     debian.arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr");
     for unread in ["doc", "man", "locale"] {
         debian.arg(format!("--dpkgopt=path-exclude=/usr/share/{unread}/*"));
     }
-    process::run(debian.args([SUITE, "-"]).stdout(File::create(&tar)?))?;
+    process::run(debian.args([SUITE, "-"]).stdout(File::create(tar)?))
+}
 
-    let name = format!("python:{}", python_version(&tar)?);
-    progress::note(format!("as an OCI image, {name}"));
+/// Makes an image of one layer in a new directory, and gives it as umoci calls it.
+fn oci_layout(tar: &Path, layout: &Path) -> Result<String> {
+    progress::note("as an OCI image");
     let image = format!("{}:latest", layout.display());
-    process::run_quietly(command("umoci", ["init", "--layout"]).arg(&layout))?;
+    process::run_quietly(command("umoci", ["init", "--layout"]).arg(layout))?;
     process::run_quietly(&mut command("umoci", ["new", "--image", &image]))?;
-    process::run_quietly(command("umoci", ["raw", "add-layer", "--image", &image]).arg(&tar))?;
+    process::run_quietly(command("umoci", ["raw", "add-layer", "--image", &image]).arg(tar))?;
     let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     process::run_quietly(&mut command(
         "umoci",
@@ -101,19 +145,8 @@ fn make(scratch: &Path) -> Result<PathBuf> {
             "LANG=C.UTF-8",
         ],
     ))?;
-    process::run_quietly(command("umoci", ["gc", "--layout"]).arg(&layout))?;
-
-    progress::note("into a registry's storage");
-    fs::create_dir_all(&storage)?;
-    let registry = Registry::start(&storage)?;
-    process::run_quietly(
-        command("skopeo", ["copy", "--quiet", "--dest-tls-verify=false"])
-            .arg(format!("oci:{image}"))
-            .arg(format!("docker://{}/{name}", registry.address())),
-    )?;
-    drop(registry);
-    fs::write(made.join("name"), name)?;
-    Ok(made)
+    process::run_quietly(command("umoci", ["gc", "--layout"]).arg(layout))?;
+    Ok(image)
 }
 
 /// The version of the Python in the archive, such as `3.11`.

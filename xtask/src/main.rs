@@ -5,12 +5,14 @@ mod assets;
 mod cache;
 mod demo;
 mod deny;
+mod guide;
 mod images;
 mod kernel;
 mod kvm;
 mod packages;
 mod process;
 mod progress;
+mod python_suite;
 mod registry;
 mod runner;
 mod test;
@@ -84,6 +86,16 @@ enum Task {
     },
     /// Everything that CI checks: format, clippy, dependencies, unit tests, end-to-end tests on KVM
     Test,
+    /// Python's own tests in a sandbox and in a container, and where the two differ
+    ///
+    /// Takes a quarter of an hour where KVM has to be emulated. docs/python-suite.md has the differences; any other is a
+    /// failure. The container needs runc, and root.
+    PythonSuite {
+        /// The modules (default: test_mmap test_os test_pty test_socket test_subprocess)
+        modules: Vec<String>,
+    },
+    /// The guide as HTML (mdBook), into target/guide
+    Guide,
     /// cargo bench, where KVM works
     Bench {
         /// On the instruction clock: times are instruction counts and repeat
@@ -150,6 +162,8 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Install { prefix } => assets::install(&prefix)?,
         Task::Demo { image, command } => return Ok(ExitCode::from(demo::run(image, command)?)),
         Task::Test => test::run()?,
+        Task::Guide => guide::build()?,
+        Task::PythonSuite { modules } => python_suite::run(&modules)?,
         Task::Bench { icount, arguments } => {
             let mut cargo = workspace::cargo()?;
             cargo.args(["bench", "--package", "cubby-benches", "--"]).args(arguments);

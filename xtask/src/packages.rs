@@ -47,6 +47,9 @@ pub const IMAGES: &[Need] = &[
     ("docker-registry", "docker-registry"),
 ];
 
+/// Running a container to hold a sandbox against.
+pub const CONTAINER: &[Need] = &[("runc", "runc")];
+
 /// Linking programs, statically too.
 pub const LINKER: &[Need] = &[("gcc", "gcc"), ("libc6-dev", "/usr/include/stdio.h")];
 

@@ -16,7 +16,7 @@ use crate::{assets, deny, images, kvm, packages, process, runner, workspace};
 const ON_KVM: [&str; 4] = ["cubby-vmm", "cubbyhole", "cubby-benches", "cubby-tests"];
 
 /// Modules of the end-to-end tests that are the second lane's.
-const SHARE: [&str; 6] = ["chaos::", "cli::", "endurance::", "flow::", "image::", "many::"];
+const SHARE: [&str; 7] = ["chaos::", "cli::", "endurance::", "flow::", "guide::", "image::", "many::"];
 
 /// Runs every check, the later ones too when one has failed, and says at the end which did.
 pub fn run() -> Result<()> {
@@ -62,6 +62,11 @@ impl Checks {
     fn second_lane(&self) {
         self.apart("format", || cargo("fmt", ["--all", "--check"]));
         self.apart("clippy", || cargo("clippy", ["--workspace", "--all-targets", "--", "-D", "warnings"]));
+        self.apart("documentation", || {
+            let mut doc = cargo("doc", ["--workspace", "--no-deps"])?;
+            doc.env("RUSTDOCFLAGS", "-D warnings");
+            Ok(doc)
+        });
         self.apart("unit and doc tests, here", || {
             let mut test = cargo("test", ["--workspace", "--no-fail-fast"])?;
             test.args(ON_KVM.iter().flat_map(|package| ["--exclude", package]));

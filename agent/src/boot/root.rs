@@ -55,7 +55,10 @@ fn writable(device: Option<&str>) -> Result<(), SetupError> {
 
 fn overlay() -> Result<(), SetupError> {
     directory(ROOT, 0o755)?;
-    let layers = c"lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work";
+    // xino: one device number for the whole tree, and for each file one inode number, which `stat` and `readdir` agree on
+    // and which stays (kernel doc filesystems/overlayfs, "Inode properties"). Without it `tar --one-file-system` leaves
+    // out most of an image, and a directory's number changes when memory is short.
+    let layers = c"lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work,xino=on";
     mount(c"overlay", ROOT, c"overlay", MountFlags::empty(), layers).map_err(at(c"overlay"))?;
     chdir(ROOT).map_err(at(ROOT))?;
     mounts::move_in()?;
