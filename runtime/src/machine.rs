@@ -74,6 +74,7 @@ pub(crate) fn config(
         cmdline: command_line(spec.config.memory_mib),
         disks,
         vsock_cid: Some(GUEST_CID),
+        network: None,
         console: Some(console),
         marks: Some(Marks { port: MARK_IO_PORT, on_mark }),
         on_thread: None,
