@@ -3,7 +3,11 @@
 //! Strings are UTF-8 on the wire as bincode writes them (length, bytes). Sizes are bytes and times are what
 //! their field's name says. Enumerations only grow at the end, with a new protocol version.
 
+mod network;
+
 use serde::{Deserialize, Serialize};
+
+pub use network::{Network, Subnet};
 
 /// Payload of [`crate::Kind::Fatal`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +45,8 @@ pub struct GuestConfig {
     pub nameservers: Vec<String>,
     /// The root file system.
     pub root: RootDisks,
+    /// The network card; without one the guest has its loopback interface alone.
+    pub network: Option<Network>,
 }
 
 /// The root file system: a read-only image below, the sandbox's own disk above it.

@@ -106,6 +106,7 @@ pub(crate) fn guest_config(spec: &LaunchSpec) -> io::Result<GuestConfig> {
         user: config.user.clone().or_else(|| image.user.clone()).unwrap_or_default(),
         nameservers: Vec::new(),
         root: RootDisks { image: "/dev/vda".into(), disk: Some("/dev/vdb".into()) },
+        network: None,
     })
 }
 
