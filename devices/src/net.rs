@@ -178,10 +178,11 @@ impl<B: Backend> Net<B> {
     /// The second half of every round: the backend works, and what it has goes to the guest.
     fn exchange(&mut self, transmitted: Progress) -> Progress {
         self.backend.settle();
-        match self.receive() {
-            Progress::More => Progress::More,
-            Progress::Idle => transmitted,
-        }
+        let before = self.counters.received.frames;
+        let received = self.receive();
+        // What the guest has received may have made room for what it sends, and nobody else would look.
+        let has_room = self.full && self.counters.received.frames != before;
+        if received == Progress::More || has_room { Progress::More } else { transmitted }
     }
 
     /// Takes the guest's frames, one round at most.

@@ -543,6 +543,19 @@ fn a_full_backend_keeps_frames_in_the_guest() {
 }
 
 #[test]
+fn a_backend_that_is_full_until_the_guest_receives_is_asked_again() {
+    let mut rig = Rig::new(u64::MAX);
+    rig.net().backend_mut().space = 0;
+    rig.offer(2000);
+    rig.send(PLAIN, &frame(100), 4096);
+    rig.wait(Offload::default(), &frame(60));
+    assert_eq!(rig.kick(TX), Progress::More);
+    rig.net().backend_mut().space = 1;
+    assert_eq!(rig.kick(TX), Progress::Idle);
+    assert_eq!(rig.net().backend().sent.len(), 1);
+}
+
+#[test]
 fn interrupts_come_when_the_driver_waits_for_them() {
     let mut rig = Rig::new(u64::MAX);
     for _ in 0..20 {
