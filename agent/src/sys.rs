@@ -4,7 +4,7 @@
 //! - [`Launcher`]: starts a program in a child that shares the agent's memory until it calls `execve`.
 //! - [`block_sigchld`], [`heed_signals`]: the end of a child as a readable file descriptor; what signals do.
 //! - [`VsockAddr`], [`vsock_peer`]: addresses of `AF_VSOCK`.
-//! - [`add_entropy`], [`connect_patiently`], [`loopback_up`], [`kill_group`]: calls whose safe wrappers do not exist.
+//! - [`add_entropy`], [`connect_patiently`], [`kill_group`]: calls whose safe wrappers do not exist.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -81,20 +81,6 @@ pub fn connect_patiently(socket: impl AsFd) -> Result<(), Errno> {
         libc::setsockopt(fd, libc::AF_VSOCK, CONNECT_TIMEOUT, value, size)
     })
     .map(drop)
-}
-
-/// Brings the loopback interface up (netdevice(7)).
-pub fn loopback_up(socket: impl AsFd) -> Result<(), Errno> {
-    let up = libc::IFF_UP | libc::IFF_RUNNING;
-    // SAFETY: all zeroes is a valid `ifreq`; the name stays NUL-terminated; the kernel reads one `ifreq`.
-    unsafe {
-        let mut request: libc::ifreq = std::mem::zeroed();
-        for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes()) {
-            *to = from.cast_signed();
-        }
-        request.ifr_ifru.ifru_flags = i16::try_from(up).unwrap_or_default();
-        check(libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS, &request)).map(drop)
-    }
 }
 
 /// An `AF_VSOCK` address (vsock(7)).

@@ -1,9 +1,9 @@
 //! The devices of a microVM as pure logic over guest memory: the virtio-mmio transport, split virtqueues,
-//! block, vsock, entropy, and the serial console.
+//! block, network, vsock, entropy, and the serial console.
 //!
 //! Nothing here opens a file, a socket or `/dev/kvm`, starts a thread or waits. What a device needs of the
-//! host comes as a trait: [`Interrupt`] for its line, [`blk::Backend`] for a disk, [`rng::EntropySource`]
-//! for random bytes. The owner decides which thread calls [`Device::kick`] and when.
+//! host comes as a trait: [`Interrupt`] for its line, [`blk::Backend`] for a disk, [`net::Backend`]
+//! for a network, [`rng::EntropySource`] for random bytes. The owner decides which thread calls [`Device::kick`] and when.
 //!
 //! The guest is taken for hostile. It may write anything anywhere at any time, so that every rule of the
 //! specification that protects the host is checked once, on a private copy, before the value is used:
@@ -20,6 +20,7 @@ mod chain;
 pub mod console;
 mod device;
 pub mod mmio;
+pub mod net;
 mod queue;
 pub mod reset;
 pub mod rng;

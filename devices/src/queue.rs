@@ -19,6 +19,12 @@ use crate::{Chain, ChainError, Memory, Progress, Signals, Slice};
 
 /// VRING_AVAIL_F_NO_INTERRUPT: the driver wants no interrupts; only a hint, and only without EVENT_IDX.
 const NO_INTERRUPT: u16 = 1;
+/// Bytes of the rings' parts (§2.7.6, §2.7.8): flags and index, then the elements.
+const AVAILABLE_HEADER: u64 = 4;
+const AVAILABLE_ELEMENT: u64 = 2;
+const USED_INDEX: u64 = 2;
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
 
 /// Everything that continues a queue: where its rings are and how far both sides have come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +85,8 @@ pub struct Queue {
     signals: Arc<Signals>,
     ring: virtio_queue::Queue,
     failure: Option<QueueError>,
+    /// Completions since the driver was last asked whether it wants an interrupt; wraps as the indices do.
+    unannounced: u16,
 }
 
 impl Queue {
@@ -107,7 +115,7 @@ impl Queue {
         if state.available == 0 || !ring.is_valid(&memory) {
             return Err(LayoutError::OutsideMemory);
         }
-        Ok(Self { memory, signals, ring, failure: None })
+        Ok(Self { memory, signals, ring, failure: None, unannounced: 0 })
     }
 
     /// Ends the queue; the value starts it again where it was.
@@ -173,8 +181,19 @@ impl Queue {
 
     fn borrow(&mut self) -> Batch<'_> {
         let budget = u32::from(self.ring.size()) * 4;
-        let Self { memory, signals, ring, failure } = self;
-        Batch { memory, signals, ring, failure, spare: Vec::new(), open: None, completed: 0, budget }
+        let Self { memory, signals, ring, failure, unannounced } = self;
+        Batch {
+            memory,
+            signals,
+            ring,
+            failure,
+            unannounced,
+            spare: Vec::new(),
+            open: None,
+            aside: Vec::new(),
+            completed: 0,
+            budget,
+        }
     }
 
     /// Borrows the queue for one round of work, of at most four times as many chains as it has descriptors.
@@ -194,10 +213,13 @@ pub struct Batch<'q> {
     signals: &'q Signals,
     ring: &'q mut virtio_queue::Queue,
     failure: &'q mut Option<QueueError>,
+    unannounced: &'q mut u16,
     /// The capacity of completed chains, so that a batch allocates once.
     spare: Vec<Slice<'q>>,
     /// The chain that was given out and has not come back.
     open: Option<u16>,
+    /// Chains that were set aside, the newest last.
+    aside: Vec<u16>,
     completed: u32,
     budget: u32,
 }
@@ -259,11 +281,54 @@ impl<'q> Batch<'q> {
         self.spare = chain.into_segments();
     }
 
+    /// Keeps a chain for [`Batch::complete_aside`], so that the next one can be had beside it.
+    pub fn set_aside(&mut self, chain: Chain<'q>) {
+        debug_assert_eq!(self.open, Some(chain.head()), "the chain is from another batch");
+        self.aside.extend(self.open.take());
+        self.spare = chain.into_segments();
+    }
+
+    /// Gives the chains that were set aside back to the driver, in their order and so that it sees all of them or
+    /// none; `written` has the bytes written to each. Those for which `written` has nothing are put back.
+    pub fn complete_aside(&mut self, written: &[u32]) {
+        if self.aside.is_empty() {
+            return;
+        }
+        let unused = self.aside.split_off(written.len().min(self.aside.len()));
+        unused.iter().for_each(|_| self.ring.go_to_previous_position());
+        for (head, written) in std::mem::take(&mut self.aside).into_iter().zip(written) {
+            self.put_used(head, *written);
+        }
+        self.publish();
+    }
+
     fn close(&mut self, written: u32) {
-        let Some(head) = self.open.take() else { return };
-        match self.ring.add_used(self.memory, head, written) {
-            Ok(()) => self.completed += 1,
-            Err(_) => self.fail(QueueError::Ring),
+        if let Some(head) = self.open.take() {
+            self.put_used(head, written);
+            self.publish();
+        }
+    }
+
+    /// Writes a used element, which the driver may look at from the next [`Batch::publish`] on.
+    fn put_used(&mut self, head: u16, written: u32) {
+        let next = self.ring.next_used();
+        let slot = u64::from(next.checked_rem(self.ring.size()).unwrap_or(0));
+        let element = u64::from(head) | u64::from(written) << 32;
+        // The ring lies in guest memory (`Queue::new`), so that no sum overflows.
+        let at = GuestAddress(self.ring.used_ring().wrapping_add(USED_HEADER + USED_ELEMENT * slot));
+        if self.memory.write_slice(&element.to_le_bytes(), at).is_err() {
+            return self.fail(QueueError::Ring);
+        }
+        self.ring.set_next_used(next.wrapping_add(1));
+        *self.unannounced = self.unannounced.wrapping_add(1);
+        self.completed += 1;
+    }
+
+    /// Moves the used index past every element that is written (virtio 1.2 §2.7.8.2).
+    fn publish(&mut self) {
+        let at = GuestAddress(self.ring.used_ring().wrapping_add(USED_INDEX));
+        if self.memory.store(self.ring.next_used().to_le(), at, Ordering::Release).is_err() {
+            self.fail(QueueError::Ring);
         }
     }
 
@@ -318,20 +383,27 @@ impl<'q> Batch<'q> {
     }
 
     fn wants_interrupt(&mut self) -> Result<bool, QueueError> {
-        let wants = self.ring.needs_notification(self.memory).map_err(|_| QueueError::Ring)?;
-        if self.ring.event_idx_enabled() {
-            return Ok(wants);
+        let unannounced = std::mem::take(self.unannounced);
+        // The driver stores what it wants and then looks at the index; this side does it the other way round.
+        fence(Ordering::SeqCst);
+        let event_idx = self.ring.event_idx_enabled();
+        let used_event = AVAILABLE_HEADER + AVAILABLE_ELEMENT * u64::from(self.ring.size());
+        let at = self.ring.avail_ring().wrapping_add(if event_idx { used_event } else { 0 });
+        let word: u16 =
+            self.memory.load(GuestAddress(at), Ordering::Acquire).map_err(|_| QueueError::Ring)?;
+        let word = u16::from_le(word);
+        if event_idx {
+            // Whether one of the completions that the driver has not heard of is the one it waits for (§2.7.10).
+            let ahead = self.ring.next_used().wrapping_sub(word).wrapping_sub(1);
+            return Ok(ahead < unannounced);
         }
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.ring.avail_ring()), Ordering::Acquire)
-            .map_err(|_| QueueError::Ring)?;
-        Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
+        Ok(word & NO_INTERRUPT == 0)
     }
 }
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
+        self.complete_aside(&[]);
         self.flush();
     }
 }

@@ -5,11 +5,13 @@
 
 mod events;
 mod metrics;
+mod network;
 
 use serde::{Deserialize, Serialize};
 
 pub use events::*;
 pub use metrics::*;
+pub use network::{Network, Subnet};
 
 /// Payload of [`crate::Kind::Fatal`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +49,8 @@ pub struct GuestConfig {
     pub nameservers: Vec<String>,
     /// The root file system.
     pub root: RootDisks,
+    /// The network card; without one the guest has its loopback interface alone.
+    pub network: Option<Network>,
 }
 
 /// The root file system: a read-only image below, the sandbox's own disk above it.

@@ -78,8 +78,17 @@ fn messages_have_their_golden_bytes() {
     golden.extend([0; 32]);
     golden.extend([0, 0, 0, 0, 8]);
     golden.extend(b"/dev/vda");
-    golden.push(0);
+    golden.extend([0, 0]);
     pinned(Kind::Configure, &config, &golden);
+    let network = Network {
+        mtu: Some(1500),
+        ipv4: Some(Subnet { address: [10, 0, 0, 2].into(), prefix: 24, gateway: Some([10, 0, 0, 1].into()) }),
+        ipv6: Some(Subnet { address: [0xfd00, 0, 0, 0, 0, 0, 0, 2].into(), prefix: 64, gateway: None }),
+    };
+    golden.pop();
+    golden.extend([1, 1, 251, 0xdc, 5, 1, 10, 0, 0, 2, 24, 1, 10, 0, 0, 1]);
+    golden.extend([1, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 64, 0]);
+    pinned(Kind::Configure, &GuestConfig { network: Some(network), ..config }, &golden);
 }
 
 #[test]

@@ -68,7 +68,8 @@ impl LockIn {
     pub(crate) fn thread(&self, kind: ThreadKind) -> io::Result<()> {
         self.confine(match kind {
             ThreadKind::Vcpu => &self.vcpu,
-            ThreadKind::Worker => &self.worker,
+            // No sandbox has a network yet; what one may call is for its filter to say.
+            ThreadKind::Worker | ThreadKind::Network => &self.worker,
         })
         .map(drop)
     }

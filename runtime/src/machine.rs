@@ -74,6 +74,7 @@ pub(crate) fn config(
         cmdline: command_line(spec.config.memory_mib),
         disks,
         vsock_cid: Some(GUEST_CID),
+        network: None,
         console: Some(console),
         marks: Some(Marks { port: MARK_IO_PORT, on_mark }),
         on_thread: None,
@@ -105,6 +106,7 @@ pub(crate) fn guest_config(spec: &LaunchSpec) -> io::Result<GuestConfig> {
         user: config.user.clone().or_else(|| image.user.clone()).unwrap_or_default(),
         nameservers: Vec::new(),
         root: RootDisks { image: "/dev/vda".into(), disk: Some("/dev/vdb".into()) },
+        network: None,
     })
 }
 

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod boot;
+mod card;
 mod chaos;
 mod cli;
 mod crash;

@@ -24,6 +24,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         cmdline: "console=ttyS0 reboot=k panic=-1".into(),
         disks: disks.collect::<std::io::Result<_>>()?,
         vsock_cid: Some(3),
+        network: None,
         console: Some(Box::new(std::io::stdout())),
         marks: None,
         on_thread: None,

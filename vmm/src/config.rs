@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::bus::Marks;
 use crate::initramfs::Initramfs;
+use crate::net::Network;
 use crate::thread::OnThread;
 
 /// A virtual machine to boot.
@@ -24,6 +25,8 @@ pub struct VmConfig {
     pub disks: Vec<Disk>,
     /// The guest's vsock context id, 3 or more; no vsock without one.
     pub vsock_cid: Option<u32>,
+    /// The guest's network card, `eth0`; without one it has the loopback interface alone.
+    pub network: Option<Network>,
     /// Where the guest's console goes, besides the newest 64 KiB that [`crate::Vm::console_tail`] has. It is
     /// written on a vCPU's thread, byte by byte.
     pub console: Option<Box<dyn io::Write + Send>>,

@@ -2,8 +2,8 @@
 //! the machine ended is a value.
 //!
 //! ```text
-//!  embedder's thread          one thread a vCPU               one thread a disk
-//!  ───────────────────        ────────────────────────        ─────────────────
+//!  embedder's thread          one thread a vCPU               one thread a disk, one for the network
+//!  ───────────────────        ────────────────────────        ─────────────────────────────────────
 //!  Vm::boot                   parked ⇄ KVM_RUN                 kick → requests → irq
 //!  EventManager ⇄ devices     Exit → bus → Entry
 //!  Vm::exit_event → Exit      ends with an Exit
@@ -27,6 +27,7 @@ mod exit;
 mod initramfs;
 mod kernel;
 mod memory;
+mod net;
 pub mod probe;
 mod sys;
 mod thread;
@@ -38,8 +39,10 @@ pub use bus::{Flow, Marks};
 pub use config::{Disk, DiskCache, Error, VmConfig};
 pub use exit::Exit;
 pub use initramfs::Initramfs;
+pub use net::{NetBackend, Network, Watch};
 pub use thread::{OnThread, ThreadKind};
 pub use vm::Vm;
 pub use worker::{DeviceLoop, EventLoop};
 
 pub use cubby_devices as devices;
+pub use vmm_sys_util::epoll::EventSet;

@@ -15,6 +15,9 @@ pub enum ThreadKind {
     Vcpu,
     /// Runs one disk: waits on epoll, reads, writes, syncs and punches its file, writes to eventfds.
     Worker,
+    /// Works the network card and the network behind it: waits on epoll, writes to eventfds, and whatever
+    /// [`crate::NetBackend`] calls.
+    Network,
 }
 
 /// What an embedder does at the start of each thread, on it and before anything else: confine it, pin it, name it
@@ -108,7 +111,7 @@ mod tests {
         let worked = Arc::new(AtomicBool::new(false));
         let mut threads = Threads::new(Some(Arc::new(|kind| match kind {
             ThreadKind::Vcpu => Err(io::Error::other("refused")),
-            ThreadKind::Worker => Ok(()),
+            ThreadKind::Worker | ThreadKind::Network => Ok(()),
         })));
         threads.spawn(ThreadKind::Worker, "disk0".into(), || {}).unwrap().join().unwrap();
         let flag = worked.clone();

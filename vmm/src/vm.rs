@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use cubby_devices::console::{Console, ConsoleLog};
+use cubby_devices::net::{Counters, Net};
 use cubby_devices::rng::Rng;
 use cubby_devices::vsock::{GuestCid, Vsock};
 use cubby_devices::{Device, Interrupt, Memory, Transport};
@@ -17,6 +18,7 @@ use crate::arch::{self, cpu, layout};
 use crate::bus::{Bus, lock};
 use crate::config::{Error, VmConfig};
 use crate::exit::{Exit, ExitSlot};
+use crate::net::NetWorker;
 use crate::thread::Threads;
 use crate::vcpu::VcpuThread;
 use crate::worker::{DeviceLoop, EventLoop, Worker, new_loop};
@@ -30,6 +32,7 @@ pub struct Vm {
     phases: [(&'static str, Instant); 3],
     console: ConsoleLog,
     disks: Vec<Worker>,
+    net: Option<NetWorker>,
     paused: Mutex<Option<PausedClock>>,
     /// Closing it would take the interrupt lines away from running vCPUs.
     vm: VmFd,
@@ -39,7 +42,7 @@ pub struct Vm {
 
 impl Vm {
     /// Makes a VM with everything in place and its vCPUs parked: [`Vm::resume`] lets it run. The vsock
-    /// and the source of entropy go onto `events`, which the caller runs; disks have threads of their own.
+    /// and the source of entropy go onto `events`, which the caller runs; disks and the network have threads of their own.
     pub fn boot(config: VmConfig, events: &mut EventLoop) -> Result<Self, Error> {
         check(&config)?;
         let kvm = probe::probe()?;
@@ -56,7 +59,8 @@ impl Vm {
 
         let loaded = kernel::load(&memory, &config.kernel)?;
         let disks = config.disks.len();
-        let windows = disks + 1 + usize::from(config.vsock_cid.is_some());
+        let windows =
+            disks + 1 + usize::from(config.vsock_cid.is_some()) + usize::from(config.network.is_some());
         let boot = arch::Boot {
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
@@ -85,6 +89,14 @@ impl Vm {
         if let Some(vsock) = &vsock {
             events.add_subscriber(Box::new(devices.add(vsock.clone())?));
         }
+        let net = match config.network {
+            Some(network) => {
+                let card = Arc::new(Mutex::new(Net::new(network.backend, network.mac, network.mtu)));
+                let kicks = devices.add(card.clone())?.into_kicks();
+                Some(NetWorker::spawn(card, kicks, &mut threads)?)
+            }
+            None => None,
+        };
         let serial = Console::new(line(&vm, layout::SERIAL_GSI)?, config.console);
         let console = serial.log().clone();
         let bus = Arc::new(Bus {
@@ -103,6 +115,7 @@ impl Vm {
             phases,
             console,
             disks: workers,
+            net,
             paused: Mutex::default(),
             vm,
             _memory: memory,
@@ -113,12 +126,16 @@ impl Vm {
     /// stamp counter have stood still. (Linux before 5.16 cannot hold the counter back; there a guest that uses it as
     /// its clock sees the pause pass.) Its wall clock is the embedder's to set right.
     pub fn resume(&self) {
+        if let Some(net) = &self.net {
+            net.unpark();
+        }
         let unseen = lock(&self.paused).take().map_or(0, |paused| paused.go_on(&self.vm));
         self.vcpus.iter().for_each(|vcpu| vcpu.resume(unseen));
     }
 
     /// Takes every vCPU out of the guest and waits until they are, and until the disks have answered what they
-    /// had begun. Then nobody kicks any device. Those on the embedder's loop are quiet as long as it is here.
+    /// had begun and the network stands still. Then nobody kicks any device. Those on the embedder's loop are quiet as
+    /// long as it is here.
     pub fn pause(&self) {
         let parked: Vec<_> = self.vcpus.iter().map(VcpuThread::park).collect();
         for vcpu in parked {
@@ -127,6 +144,9 @@ impl Vm {
         }
         *lock(&self.paused) = Some(PausedClock::now(&self.vm));
         self.disks.iter().for_each(Worker::finish_round);
+        if let Some(net) = &self.net {
+            net.park();
+        }
     }
 
     /// How the VM ended, once it has.
@@ -146,6 +166,7 @@ impl Vm {
             vcpu.end();
         }
         self.disks.clear();
+        self.net = None;
     }
 
     /// Runs `events` until the VM ends. An embedder with an event loop of its own watches
@@ -166,6 +187,18 @@ impl Vm {
     /// The vsock, if the configuration has one.
     pub fn vsock(&self) -> Option<&Arc<Mutex<Vsock>>> {
         self.vsock.as_ref()
+    }
+
+    /// What went through the network card, if the configuration has one. Waits for the card's thread to finish a round.
+    pub fn network_counters(&self) -> Option<Counters> {
+        self.net.as_ref().map(NetWorker::counters)
+    }
+
+    /// Plugs the network card's cable in or out, if there is a card; it is in at first. The guest is told.
+    pub fn set_link(&self, up: bool) {
+        if let Some(net) = &self.net {
+            net.set_link(up);
+        }
     }
 
     /// The newest 64 KiB that the guest wrote to its console.
@@ -231,14 +264,14 @@ fn check(config: &VmConfig) -> Result<(), Error> {
         return Err(Error::Config {
             field: "disks",
             given: config.disks.len().to_string(),
-            allowed: "there are interrupt lines for 17",
+            allowed: "there are interrupt lines for 16",
         });
     }
     Ok(())
 }
 
-/// Interrupt lines that are left once the source of entropy and the vsock have theirs.
-const MAX_DISKS: usize = (layout::GSI_END - layout::VIRTIO_GSI) as usize - 2;
+/// Interrupt lines that are left once the source of entropy, the vsock and the network card have theirs.
+const MAX_DISKS: usize = (layout::GSI_END - layout::VIRTIO_GSI) as usize - 3;
 
 /// The embedder's command line, and where the virtio windows are.
 fn command_line(given: &str, windows: usize) -> String {

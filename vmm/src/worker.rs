@@ -1,5 +1,6 @@
 //! Who calls the devices: an event loop that waits for the guest's kicks. A device lives on the embedder's
-//! loop, or on a thread of its own if its backend blocks, as a disk's does.
+//! loop, or on a thread of its own if its backend blocks, as a disk's does. (A network card's thread waits for more than
+//! kicks: `net.rs`.)
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -27,6 +28,11 @@ pub struct DeviceLoop {
 impl DeviceLoop {
     pub(crate) fn new(device: Arc<Mutex<dyn Device>>, kicks: Vec<EventFd>) -> Self {
         Self { device, kicks }
+    }
+
+    /// The kicks, for a thread that waits for them by itself.
+    pub(crate) fn into_kicks(self) -> Vec<EventFd> {
+        self.kicks
     }
 }
 

@@ -9,7 +9,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use cubby_protocol::message::GuestConfig;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::{SetupError, at};
@@ -46,13 +45,6 @@ pub fn name(config: &GuestConfig) -> Result<(), SetupError> {
         std::fs::create_dir_all(&config.workdir).map_err(|error| failed(&config.workdir, &error))?;
     }
     Ok(())
-}
-
-/// Brings the loopback interface up.
-pub fn loopback() -> Result<(), SetupError> {
-    socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
-        .and_then(sys::loopback_up)
-        .map_err(at("lo"))
 }
 
 fn resolv_conf(servers: &[String]) -> String {

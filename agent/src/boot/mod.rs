@@ -4,7 +4,9 @@
 pub mod identity;
 pub mod mark;
 mod mounts;
+mod network;
 mod root;
+mod rtnetlink;
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
@@ -101,7 +103,7 @@ fn set_up(control: &mut Control, marks: &Marks) -> Result<Server, Failed> {
     root::enter(&config.root)?;
     marks.set(Mark::RootMounted);
     identity::name(&config).stage(SetupStage::Identity)?;
-    identity::loopback().stage(SetupStage::Network)?;
+    network::set_up(config.network.as_ref()).stage(SetupStage::Network)?;
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     setrlimit(Resource::Nofile, limit).stage(SetupStage::Listen)?;
     let mut server = listener()

@@ -251,6 +251,39 @@ fn a_dropped_chain_goes_back_with_nothing_written_and_one_put_back_comes_again()
 }
 
 #[test]
+fn chains_set_aside_come_back_all_at_once_and_those_unused_come_again() {
+    let mut rig = Rig::new(true);
+    let at = rig.guest.alloc(64);
+    let heads: Vec<u16> = (0..4).map(|i| rig.ring.submit(&[Buffer::writable(at + 8 * i, 8)])).collect();
+    rig.ring.set_used_event(1);
+    let mut batch = rig.queue.batch();
+    for _ in 0..3 {
+        let chain = batch.next().unwrap();
+        batch.set_aside(chain);
+    }
+    assert_eq!(rig.ring.completion(), None);
+    batch.complete_aside(&[8, 3]);
+    assert_eq!(rig.ring.completion(), Some((heads[0], 8)));
+    assert_eq!(rig.ring.completion(), Some((heads[1], 3)));
+    assert_eq!(rig.ring.completion(), None);
+    // What is dropped without a word is put back, too.
+    for _ in 0..2 {
+        let chain = batch.next().unwrap();
+        batch.set_aside(chain);
+    }
+    drop(batch);
+    assert_eq!(rig.guest.line.count(), 1, "the second completion is the one that was waited for");
+    assert_eq!(rig.ring.completion(), None);
+    let mut batch = rig.queue.batch();
+    for head in [heads[2], heads[3]] {
+        let chain = batch.next().unwrap();
+        assert_eq!(chain.head(), head);
+        batch.complete(chain, 1);
+    }
+    assert!(batch.next().is_none());
+}
+
+#[test]
 fn a_queue_stops_and_continues_where_it_was() {
     let mut rig = Rig::new(true);
     for _ in 0..3 {
