@@ -179,7 +179,9 @@ mod tests {
     /// An outbox, and the socket's other end.
     fn outbox() -> (Outbox, tokio::net::UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        [&ours, &theirs].map(|socket| socket.set_nonblocking(true).unwrap());
+        for socket in [&ours, &theirs] {
+            socket.set_nonblocking(true).unwrap();
+        }
         (Outbox::new(Arc::new(ours)), tokio::net::UnixStream::from_std(theirs).unwrap())
     }
 

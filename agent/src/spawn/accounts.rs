@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(accounts.find("ann").unwrap().credentials.uid, 1000);
         // Another question is not given the last answer.
         assert_eq!(accounts.find("77").unwrap().credentials.uid, 1077);
-        assert_eq!(accounts.find("ann").unwrap().credentials.groups, []);
+        assert!(accounts.find("ann").unwrap().credentials.groups.is_empty());
         std::fs::write(directory.join("group"), "new:x:9:ann\n").unwrap();
         assert_eq!(accounts.find("ann").unwrap().credentials.groups, [9]);
         std::fs::write(directory.join("passwd"), "ann:x:5:5::/a:\n").unwrap();
