@@ -120,7 +120,7 @@ impl Stack {
     /// Puts another policy in force. Connections that it does not allow are reset, and flows ended.
     pub fn set_policy(&mut self, policy: NetworkPolicy, now: Instant) {
         self.shared.policy = policy;
-        self.tcp.apply_policy(&mut self.shared, now);
+        self.tcp.apply_policy(&mut self.shared);
         self.flows.apply_policy(&self.shared);
         self.answer_names(now);
     }
@@ -227,7 +227,7 @@ impl Stack {
                         self.shared.reply(frame);
                     }
                     Asker::Tcp { id, serial } => {
-                        self.tcp.answer(id, serial, &message, &mut self.shared, now);
+                        self.tcp.answer(id, serial, &message, &mut self.shared);
                     }
                 }
             }
@@ -302,7 +302,7 @@ impl Stack {
                 failed: flags.intersects(EventFlags::ERR | EventFlags::HUP),
             };
             match Token::decode(event.data.u64()) {
-                Token::Tcp(id) => self.tcp.on_ready(id, ready, &mut self.shared, now),
+                Token::Tcp(id) => self.tcp.on_ready(id, ready, &mut self.shared),
                 Token::Flow(id) => self.flows.on_ready(id, ready.failed, &mut self.shared),
                 Token::Port(index) => self.ports.on_ready(index, now),
                 Token::Lookup(id) => self.dns.on_ready(id, &mut self.shared, now),

@@ -113,7 +113,7 @@ impl Table {
         let call = (Direction::Outbound, peer, port);
         if shared.link.is_gateway(address) {
             if port == 53 && self.has_room(call, shared) {
-                self.insert(ends, syn, Far::Resolver(Inbox::default()), call, shared, now);
+                self.insert(ends, syn, Far::Resolver(Inbox::default()), call, shared);
             } else {
                 self.refuse(ends, syn, shared);
             }
@@ -128,7 +128,7 @@ impl Table {
             Ok(stream)
         });
         match connecting {
-            Ok(stream) => self.insert(ends, syn, Far::Connecting(stream), call, shared, now),
+            Ok(stream) => self.insert(ends, syn, Far::Connecting(stream), call, shared),
             Err(errno) => {
                 shared.counters.tcp_failed += 1;
                 match Failure::from(errno) {
@@ -163,13 +163,12 @@ impl Table {
         far: Far,
         call: (Direction, SocketAddr, u16),
         shared: &mut Shared,
-        now: Instant,
     ) {
         let mut near = Endpoint::asked(syn, Seq(shared.draw_u32()), our_mss(ends, shared));
         if matches!(far, Far::Resolver(_)) {
             near.answer();
         }
-        self.add(ends, near, far, call, shared, now);
+        self.add(ends, near, far, call, shared);
     }
 
     fn add(
@@ -179,14 +178,12 @@ impl Table {
         far: Far,
         call: (Direction, SocketAddr, u16),
         shared: &mut Shared,
-        now: Instant,
-    ) -> usize {
+    ) {
         self.serial += 1;
         let id = self.connections.insert(Connection::new(ends, self.serial, near, far, call));
         self.by_ends.insert(ends, id);
         self.half_open += 1;
         self.settle(id, shared);
-        id
     }
 
     /// Somebody calls the guest's port: a connection that the host has accepted.
@@ -212,7 +209,7 @@ impl Table {
         socket::tune(&stream);
         let ends = Ends { guest: (guest, port), peer: (gateway, from) };
         let near = Endpoint::asking(Seq(shared.draw_u32()), our_mss(ends, shared));
-        self.add(ends, near, Far::Open(stream), call, shared, now);
+        self.add(ends, near, Far::Open(stream), call, shared);
     }
 
     fn free_port(&mut self, guest: (std::net::IpAddr, u16), gateway: std::net::IpAddr) -> Option<u16> {
@@ -227,7 +224,7 @@ impl Table {
     }
 
     /// Something has happened to a connection's socket.
-    pub(crate) fn on_ready(&mut self, id: usize, ready: Ready, shared: &mut Shared, now: Instant) {
+    pub(crate) fn on_ready(&mut self, id: usize, ready: Ready, shared: &mut Shared) {
         let Some(connection) = self.connections.get_mut(id) else { return };
         connection.readable |= ready.readable;
         connection.hung_up |= ready.hung_up;
@@ -420,7 +417,7 @@ impl Table {
     }
 
     /// The resolver's answer to one of them, if who asked is still there.
-    pub(crate) fn answer(&mut self, id: usize, serial: u64, message: &[u8], shared: &mut Shared, now: Instant) {
+    pub(crate) fn answer(&mut self, id: usize, serial: u64, message: &[u8], shared: &mut Shared) {
         let Some(connection) = self.connections.get_mut(id).filter(|it| it.serial == serial) else { return };
         let Ok(len) = u16::try_from(message.len()) else { return };
         if let Far::Resolver(inbox) = &mut connection.far {
@@ -434,7 +431,7 @@ impl Table {
     }
 
     /// Breaks off what the policy no longer allows.
-    pub(crate) fn apply_policy(&mut self, shared: &mut Shared, now: Instant) {
+    pub(crate) fn apply_policy(&mut self, shared: &mut Shared) {
         for id in self.connections.indices() {
             let Some(connection) = self.connections.get_mut(id) else { continue };
             let allowed = matches!(connection.far, Far::Resolver(_))
