@@ -1,6 +1,8 @@
 //! A guest that needs no machine: another TCP/IP (smoltcp's) at the other end of the stack's link.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod wire;
+
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
