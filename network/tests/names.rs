@@ -155,21 +155,25 @@ fn answers_with_private_addresses_are_dropped_and_told() {
 
 #[test]
 fn a_name_rule_holds_for_addresses_that_the_name_has_led_to() {
-    let (address, _told) = server(|asked| vec![answer(asked, 300, &[PUBLIC])]);
-    let policy = NetworkPolicy::none().rule(Rule::allow().name("good.example.com".parse().unwrap()));
-    let mut guest = asking(policy, vec![address]);
+    let (led, beside) = (Ipv4Addr::new(127, 0, 9, 1), Ipv4Addr::new(127, 0, 9, 2));
+    let listeners = [led, beside].map(|address| TcpListener::bind((address, 0)).unwrap());
+    let [port, other] = listeners.each_ref().map(|it| it.local_addr().unwrap().port());
+    let (address, _told) = server(move |asked| vec![answer(asked, 300, &[led])]);
+    let rule = Rule::allow().name("good.example.com".parse().unwrap()).net("127.0.0.0/8".parse().unwrap());
+    let mut guest = asking(NetworkPolicy::none().rule(rule), vec![address]);
     let link = addresses();
-    let syn = |guest: &mut Guest, port| guest.send(&wire::syn(&link, port, (PUBLIC.into(), 443), 1));
-    let reset = syn(&mut guest, 1000).iter().map(|frame| read(&link, frame)).collect::<Vec<_>>();
-    assert_eq!(reset, [Seen::Reset { from: (PUBLIC.into(), 443), to: 1000 }], "no name has led there yet");
+    let call = |guest: &mut Guest, from, to: (IpAddr, u16)| {
+        guest.stack.transmit(&wire::syn(&link, from, to, 1), &Default::default(), std::time::Instant::now());
+        guest.until("an answer comes", |guest| !guest.seen.is_empty());
+        read(&link, &guest.seen.remove(0))
+    };
+    let to = (led.into(), port);
+    assert_eq!(call(&mut guest, 1000, to), Seen::Reset { from: to, to: 1000 }, "no name has led there yet");
     let asked = question(9, "good.example.com", 1);
-    assert_eq!(addresses_of(&ask(&mut guest, &asked), &asked), (0, vec![PUBLIC]));
-    guest.events();
-    syn(&mut guest, 1001);
-    let denied = |event: &NetworkEvent| matches!(event, NetworkEvent::Denied { .. });
-    assert!(!guest.events().iter().any(denied));
-    guest.send(&wire::syn(&link, 1002, (OTHER.into(), 443), 1));
-    assert!(guest.events().iter().any(denied), "an address beside it is still closed");
+    assert_eq!(addresses_of(&ask(&mut guest, &asked), &asked), (0, vec![led]));
+    assert_eq!(call(&mut guest, 1001, to), Seen::SynAck { from: to, to: 1001 });
+    let to = (beside.into(), other);
+    assert_eq!(call(&mut guest, 1002, to), Seen::Reset { from: to, to: 1002 }, "an address beside it is closed");
 }
 
 #[test]
