@@ -4,10 +4,10 @@ use std::net::IpAddr;
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, Icmpv4DstUnreachable,
-    Icmpv4Packet, Icmpv4Repr, Icmpv6DstUnreachable, Icmpv6Packet, Icmpv6Repr, IpAddress, IpProtocol, IpRepr,
-    Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, NdiscNeighborFlags, NdiscRepr, RawHardwareAddress, TcpControl, TcpPacket, TcpRepr,
-    TcpSeqNumber, UdpPacket, checksum,
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr,
+    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, Icmpv6DstUnreachable, Icmpv6Packet, Icmpv6Repr,
+    IpAddress, IpProtocol, IpRepr, Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, NdiscNeighborFlags, NdiscRepr,
+    RawHardwareAddress, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, checksum,
 };
 
 use crate::config::Addresses;
@@ -124,7 +124,11 @@ pub(crate) fn tcp(
     Offload {
         checksum: offloads.checksum.then(|| PartialChecksum { start: narrow(start), offset: 16 }),
         gso: (len > usize::from(mss)).then(|| Gso {
-            kind: if source.version() == smoltcp::wire::IpVersion::Ipv4 { GsoKind::Tcp4 } else { GsoKind::Tcp6 },
+            kind: if source.version() == smoltcp::wire::IpVersion::Ipv4 {
+                GsoKind::Tcp4
+            } else {
+                GsoKind::Tcp6
+            },
             headers: narrow(start + header),
             segment: mss,
         }),
@@ -132,7 +136,13 @@ pub(crate) fn tcp(
 }
 
 /// Writes the headers of a datagram with this payload.
-pub(crate) fn udp(head: &mut Vec<u8>, link: &Addresses, ends: Ends, payload: &[u8], offloads: GuestOffloads) -> Offload {
+pub(crate) fn udp(
+    head: &mut Vec<u8>,
+    link: &Addresses,
+    ends: Ends,
+    payload: &[u8],
+    offloads: GuestOffloads,
+) -> Offload {
     let len = 8 + payload.len();
     let between = (ends.peer.0, ends.guest.0);
     ip_head(head, link, between, IpProtocol::Udp, HOPS, len);
@@ -179,7 +189,9 @@ pub(crate) fn echo_reply(
             let repr = Icmpv6Repr::EchoReply { ident, seq_no: sequence, data };
             icmpv6(&mut frame, link, (source, target), &repr, HOPS);
         }
-        _ => icmpv4(&mut frame, link, (peer, guest), &Icmpv4Repr::EchoReply { ident, seq_no: sequence, data }),
+        _ => {
+            icmpv4(&mut frame, link, (peer, guest), &Icmpv4Repr::EchoReply { ident, seq_no: sequence, data })
+        }
     }
     frame
 }
@@ -206,7 +218,13 @@ pub(crate) fn unreachable(
             let header = Ipv6Repr::parse(&quoted).ok()?;
             let data = quoted.payload();
             let data = data.get(..QUOTE).unwrap_or(data);
-            icmpv6(&mut frame, link, (source, target), &Icmpv6Repr::DstUnreachable { reason, header, data }, HOPS);
+            icmpv6(
+                &mut frame,
+                link,
+                (source, target),
+                &Icmpv6Repr::DstUnreachable { reason, header, data },
+                HOPS,
+            );
         }
         _ => {
             let quoted = Ipv4Packet::new_checked(packet).ok()?;
@@ -277,8 +295,12 @@ fn icmpv6(
 
 /// The answer to an ARP request, if it asks for an address that is not the guest's own: all others are behind the gateway.
 pub(crate) fn arp_reply(link: &Addresses, request: &ArpRepr) -> Option<Vec<u8>> {
-    let ArpRepr::EthernetIpv4 { operation: ArpOperation::Request, source_protocol_addr, target_protocol_addr, .. } =
-        *request
+    let ArpRepr::EthernetIpv4 {
+        operation: ArpOperation::Request,
+        source_protocol_addr,
+        target_protocol_addr,
+        ..
+    } = *request
     else {
         return None;
     };
@@ -305,13 +327,16 @@ pub(crate) fn arp_reply(link: &Addresses, request: &ArpRepr) -> Option<Vec<u8>> 
 
 /// The answer to a neighbour solicitation, if it asks for one of the stack's addresses.
 pub(crate) fn neighbor_advert(link: &Addresses, source: IpAddr, asked: &NdiscRepr<'_>) -> Option<Vec<u8>> {
-    let (NdiscRepr::NeighborSolicit { target_addr, .. }, IpAddr::V6(guest)) = (asked, source) else { return None };
+    let (NdiscRepr::NeighborSolicit { target_addr, .. }, IpAddr::V6(guest)) = (asked, source) else {
+        return None;
+    };
     // Somebody without an address asks whether one is free: the guest is welcome to any but these.
     let ours = *target_addr == link.gateway_v6 || *target_addr == link.host_v6;
     if !ours {
         return None;
     }
-    let to = if guest.is_unspecified() { std::net::Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1) } else { guest };
+    let to =
+        if guest.is_unspecified() { std::net::Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1) } else { guest };
     let mut flags = NdiscNeighborFlags::OVERRIDE | NdiscNeighborFlags::ROUTER;
     if !guest.is_unspecified() {
         flags |= NdiscNeighborFlags::SOLICITED;

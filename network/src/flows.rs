@@ -80,7 +80,14 @@ impl Flows {
     }
 
     /// A datagram from the guest; `packet` is what an error would quote.
-    pub(crate) fn send(&mut self, ends: Ends, payload: &[u8], packet: &[u8], shared: &mut Shared, now: Instant) {
+    pub(crate) fn send(
+        &mut self,
+        ends: Ends,
+        payload: &[u8],
+        packet: &[u8],
+        shared: &mut Shared,
+        now: Instant,
+    ) {
         let key = Key { protocol: Protocol::Udp, ends };
         if shared.link.is_gateway(ends.peer.0) && !self.by_key.contains_key(&key) {
             refuse(ends, packet, Unreachable::Port, shared);
@@ -185,8 +192,8 @@ impl Flows {
         id
     }
 
-    /// A datagram from somebody who uses a published port; returns it as a frame's headers, if it may pass.
-    pub(crate) fn from_port(
+    /// A datagram from somebody who uses a published port.
+    pub(crate) fn receive_for_port(
         &mut self,
         socket: &Rc<UdpSocket>,
         client: SocketAddr,
@@ -197,9 +204,7 @@ impl Flows {
     ) {
         let like = client.ip().to_canonical();
         let (guest, gateway) = (shared.link.guest(like), shared.link.gateway(like));
-        let same = |flow: &Flow| {
-            matches!(&flow.via, Via::Published(other, from) if Rc::ptr_eq(other, socket) && *from == client)
-        };
+        let same = |flow: &Flow| matches!(&flow.via, Via::Published(other, from) if Rc::ptr_eq(other, socket) && *from == client);
         // Flows are few and a client's next datagram is likely about the last flow: a walk is enough.
         let known = self.flows.iter_mut().find_map(|(id, flow)| same(flow).then_some(id));
         let id = match known {
@@ -278,7 +283,12 @@ impl Flows {
 
     /// The next datagram for the guest, its headers written to `head`; its payload is [`Flows::payload`]. An echo is whole in
     /// `head`.
-    pub(crate) fn next_datagram(&mut self, head: &mut Vec<u8>, shared: &mut Shared, now: Instant) -> Option<Offload> {
+    pub(crate) fn next_datagram(
+        &mut self,
+        head: &mut Vec<u8>,
+        shared: &mut Shared,
+        now: Instant,
+    ) -> Option<Offload> {
         // A socket is asked until it has nothing more, so that a turn is never lost; what is dropped costs one too.
         for _ in 0..64 {
             let id = self.turn.pop_front()?;
@@ -347,7 +357,8 @@ impl Flows {
             }
         }
         // Not for each flow in its moment: somewhat late does no harm.
-        self.sweep = self.flows.iter_mut().map(|(_, flow)| flow.used + idle).min().map(|at| at.max(now + idle / 8));
+        self.sweep =
+            self.flows.iter_mut().map(|(_, flow)| flow.used + idle).min().map(|at| at.max(now + idle / 8));
     }
 
     /// Ends what the policy no longer allows.

@@ -43,8 +43,12 @@ impl Pcap {
         let kept = frame.get(..SNAP).unwrap_or(&frame);
         let at = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
         let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let fields =
-            [u32::try_from(at.as_secs()).unwrap_or(u32::MAX), at.subsec_nanos(), narrow(kept.len()), narrow(frame.len())];
+        let fields = [
+            u32::try_from(at.as_secs()).unwrap_or(u32::MAX),
+            at.subsec_nanos(),
+            narrow(kept.len()),
+            narrow(frame.len()),
+        ];
         let mut record = Vec::with_capacity(16 + kept.len());
         for field in fields {
             record.extend_from_slice(&field.to_le_bytes());

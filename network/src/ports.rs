@@ -79,21 +79,25 @@ impl Ports {
             let guest = port.published.guest;
             for _ in 0..BATCH {
                 let taken = match &port.socket {
-                    Socket::Tcp(listener) => listener.accept().map(|(stream, client)| {
-                        match stream.set_nonblocking(true) {
+                    Socket::Tcp(listener) => {
+                        listener.accept().map(|(stream, client)| match stream.set_nonblocking(true) {
                             Ok(()) => tcp.call_guest(stream, canonical(client), guest, shared, now),
                             Err(_) => crate::socket::end_with_reset(&stream),
-                        }
-                    }),
+                        })
+                    }
                     Socket::Udp(socket) => socket.recv_from(scratch).map(|(n, client)| {
                         let payload = scratch.get(..n).unwrap_or_default();
-                        flows.from_port(socket, client, guest, payload, shared, now);
+                        flows.receive_for_port(socket, client, guest, payload, shared, now);
                     }),
                 };
                 match taken {
                     Ok(()) => {}
                     // Its peer has gone; or an answer of ours reached nobody. The next one may be there.
-                    Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionRefused) => {}
+                    Err(error)
+                        if matches!(
+                            error.kind(),
+                            ErrorKind::ConnectionAborted | ErrorKind::ConnectionRefused
+                        ) => {}
                     // One that cannot be taken is refused, and not left to wait: that takes a descriptor too.
                     Err(error) if is_exhausted(&error) && spare.take().is_some() => {
                         if let Socket::Tcp(listener) = &port.socket

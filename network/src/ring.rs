@@ -103,10 +103,9 @@ impl Ring {
         let begin = self.wrap(self.start + self.len);
         let first = n.min(self.bytes.len() - begin);
         match self.bytes.split_at_mut_checked(begin) {
-            Some((low, high)) => (
-                high.get_mut(..first).unwrap_or_default(),
-                low.get_mut(..n - first).unwrap_or_default(),
-            ),
+            Some((low, high)) => {
+                (high.get_mut(..first).unwrap_or_default(), low.get_mut(..n - first).unwrap_or_default())
+            }
             None => (&mut [], &mut []),
         }
     }

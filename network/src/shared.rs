@@ -92,7 +92,13 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(link: Addresses, limits: Limits, mtu: u16, policy: NetworkPolicy, epoll: OwnedFd) -> Self {
+    pub(crate) fn new(
+        link: Addresses,
+        limits: Limits,
+        mtu: u16,
+        policy: NetworkPolicy,
+        epoll: OwnedFd,
+    ) -> Self {
         Shared {
             link,
             mtu: usize::from(mtu),
@@ -158,7 +164,13 @@ impl Shared {
     }
 
     /// Whether the policy lets this be, without a trace.
-    pub(crate) fn verdict(&self, direction: Direction, protocol: Protocol, peer: SocketAddr, port: u16) -> Verdict {
+    pub(crate) fn verdict(
+        &self,
+        direction: Direction,
+        protocol: Protocol,
+        peer: SocketAddr,
+        port: u16,
+    ) -> Verdict {
         let names = self.names.of(peer.ip());
         self.policy.decide(&Flow { direction, protocol, address: peer.ip(), port, names: &names })
     }

@@ -31,12 +31,17 @@ pub(crate) enum Failure {
 impl From<Errno> for Failure {
     fn from(errno: Errno) -> Self {
         match errno {
-            Errno::NETUNREACH | Errno::NETDOWN | Errno::AFNOSUPPORT => Failure::Unreachable(Unreachable::Network),
+            Errno::NETUNREACH | Errno::NETDOWN | Errno::AFNOSUPPORT => {
+                Failure::Unreachable(Unreachable::Network)
+            }
             Errno::HOSTUNREACH | Errno::HOSTDOWN => Failure::Unreachable(Unreachable::Host),
             Errno::PERM | Errno::ACCESS => Failure::Unreachable(Unreachable::Prohibited),
-            Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::ADDRNOTAVAIL | Errno::AGAIN => {
-                Failure::Exhausted
-            }
+            Errno::MFILE
+            | Errno::NFILE
+            | Errno::NOBUFS
+            | Errno::NOMEM
+            | Errno::ADDRNOTAVAIL
+            | Errno::AGAIN => Failure::Exhausted,
             Errno::TIMEDOUT => Failure::Silence,
             _ => Failure::Refused,
         }

@@ -291,7 +291,8 @@ impl Stack {
         let mut events = std::mem::take(&mut self.events);
         events.clear();
         let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let waited = epoll::wait(self.shared.epoll(), rustix::buffer::spare_capacity(&mut events), Some(&zero));
+        let waited =
+            epoll::wait(self.shared.epoll(), rustix::buffer::spare_capacity(&mut events), Some(&zero));
         for event in &events {
             let flags = event.flags;
             let hung_up = flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
@@ -321,7 +322,10 @@ impl Stack {
     /// once.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        [self.tcp.deadline(), self.flows.deadline(), self.dns.deadline(), self.ports.deadline()].into_iter().flatten().min()
+        [self.tcp.deadline(), self.flows.deadline(), self.dns.deadline(), self.ports.deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Does what its time has come for. Calling it early does no harm.

@@ -1,4 +1,5 @@
 //! ARP, NDP, ICMP and UDP, frame by frame.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 mod guest;
 
@@ -10,8 +11,8 @@ use cubby_network::{Config, DeniedBy, Limits, NetworkEvent, NetworkPolicy};
 use guest::wire::{self, Seen, read};
 use guest::{Guest, addresses, config, host, host6};
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, Icmpv6Packet,
-    Icmpv6Repr, IpProtocol, NdiscRepr,
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr,
+    Icmpv6Packet, Icmpv6Repr, IpProtocol, NdiscRepr,
 };
 
 fn all() -> Config {
@@ -38,7 +39,12 @@ fn next(guest: &mut Guest) -> Seen {
 fn arp_is_answered_for_everybody_but_the_guest() {
     let link = addresses();
     let mut guest = Guest::new(all());
-    for (target, answered) in [(link.gateway_v4, true), (link.host_v4, true), ([198, 18, 0, 77].into(), true), (link.guest_v4, false)] {
+    for (target, answered) in [
+        (link.gateway_v4, true),
+        (link.host_v4, true),
+        ([198, 18, 0, 77].into(), true),
+        (link.guest_v4, false),
+    ] {
         let request = ArpRepr::EthernetIpv4 {
             operation: ArpOperation::Request,
             source_hardware_addr: EthernetAddress(link.guest_mac),
@@ -115,8 +121,7 @@ fn datagrams_go_both_ways_and_are_told_once() {
             let (n, client) = server.recv_from(&mut buffer).unwrap();
             assert_eq!(&buffer[..n], text);
             server.send_to(&[text, b"!"].concat(), client).unwrap();
-            let expected =
-                Seen::Udp { from: (to.ip(), to.port()), to: 5555, payload: [text, b"!"].concat() };
+            let expected = Seen::Udp { from: (to.ip(), to.port()), to: 5555, payload: [text, b"!"].concat() };
             assert_eq!(next(&mut guest), expected);
         }
         assert_eq!(guest.events().len(), 1);
@@ -149,7 +154,9 @@ fn what_the_policy_denies_is_answered_at_once_and_told() {
     let peer = SocketAddr::from(([127, 0, 0, 1], 99));
     let events = guest.events();
     let by = DeniedBy::Policy(cubby_network::policy::By::Rule(0));
-    assert!(matches!(&events[..], [NetworkEvent::Denied { peer: told, by: why, .. }] if *told == peer && *why == by));
+    assert!(
+        matches!(&events[..], [NetworkEvent::Denied { peer: told, by: why, .. }] if *told == peer && *why == by)
+    );
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! The guest's resolver, with servers of this host behind it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 mod guest;
 
@@ -131,7 +132,8 @@ fn a_denied_name_does_not_exist_and_is_told() {
     let mut guest = asking(NetworkPolicy::public().rule(rule), vec![address]);
     let asked = question(9, "ads.example.com", 1);
     assert_eq!(addresses_of(&ask(&mut guest, &asked), &asked), (3, vec![]));
-    let denied = NetworkEvent::NameDenied { name: "ads.example.com".into(), by: DeniedBy::Policy(By::Rule(0)) };
+    let denied =
+        NetworkEvent::NameDenied { name: "ads.example.com".into(), by: DeniedBy::Policy(By::Rule(0)) };
     assert_eq!(guest.events(), [denied]);
     assert!(told.try_recv().is_err(), "nobody was asked");
 }
@@ -139,14 +141,19 @@ fn a_denied_name_does_not_exist_and_is_told() {
 #[test]
 fn answers_with_private_addresses_are_dropped_and_told() {
     let private = Ipv4Addr::new(192, 168, 1, 1);
-    let (address, _told) = server(move |asked| vec![answer(asked, 300, &[private, PUBLIC, Ipv4Addr::LOCALHOST])]);
+    let (address, _told) =
+        server(move |asked| vec![answer(asked, 300, &[private, PUBLIC, Ipv4Addr::LOCALHOST])]);
     let mut guest = asking(NetworkPolicy::public(), vec![address]);
     let asked = question(9, "rebind.example.com", 1);
     assert_eq!(addresses_of(&ask(&mut guest, &asked), &asked), (0, vec![PUBLIC]));
-    let dropped: Vec<_> = guest.events().into_iter().map(|event| match event {
-        NetworkEvent::AnswerDropped { address, .. } => address,
-        other => panic!("{other:?}"),
-    }).collect();
+    let dropped: Vec<_> = guest
+        .events()
+        .into_iter()
+        .map(|event| match event {
+            NetworkEvent::AnswerDropped { address, .. } => address,
+            other => panic!("{other:?}"),
+        })
+        .collect();
     assert_eq!(dropped, [IpAddr::from(private), Ipv4Addr::LOCALHOST.into()]);
 
     let mut guest = asking(NetworkPolicy::all(), vec![address]);
@@ -173,7 +180,11 @@ fn a_name_rule_holds_for_addresses_that_the_name_has_led_to() {
     assert_eq!(addresses_of(&ask(&mut guest, &asked), &asked), (0, vec![led]));
     assert_eq!(call(&mut guest, 1001, to), Seen::SynAck { from: to, to: 1001 });
     let to = (beside.into(), other);
-    assert_eq!(call(&mut guest, 1002, to), Seen::Reset { from: to, to: 1002 }, "an address beside it is closed");
+    assert_eq!(
+        call(&mut guest, 1002, to),
+        Seen::Reset { from: to, to: 1002 },
+        "an address beside it is closed"
+    );
 }
 
 #[test]
@@ -250,6 +261,9 @@ fn questions_that_are_none_are_answered_so_or_not_at_all() {
     let mut reply = question(9, "a.b", 1);
     reply[2] |= 0x80;
     for nothing in [&reply[..], &[], &[1, 2, 3]] {
-        assert_eq!(guest.send(&wire::udp(&link, 1, (link.gateway_v4.into(), 53), nothing)), Vec::<Vec<u8>>::new());
+        assert_eq!(
+            guest.send(&wire::udp(&link, 1, (link.gateway_v4.into(), 53), nothing)),
+            Vec::<Vec<u8>>::new()
+        );
     }
 }

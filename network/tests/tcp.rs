@@ -1,4 +1,5 @@
 //! TCP between a guest with a TCP of its own and real sockets of this host.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 mod guest;
 
@@ -227,7 +228,12 @@ fn limits_refuse_and_do_not_hang() {
     guest.until("three are open", |guest| open.iter().all(|socket| guest.tcp(*socket).may_send()));
     let fourth = guest.connect(host(port));
     guest.until("the fourth is refused", |guest| guest.tcp(fourth).state() == State::Closed);
-    assert!(guest.events().iter().any(|event| matches!(event, NetworkEvent::Denied { by: DeniedBy::Connections, .. })));
+    assert!(
+        guest
+            .events()
+            .iter()
+            .any(|event| matches!(event, NetworkEvent::Denied { by: DeniedBy::Connections, .. }))
+    );
 
     let limits = Limits { new_flows_per_second: Some(2), ..Limits::default() };
     let mut guest = Guest::new(Config { limits, ..all() });
@@ -235,6 +241,10 @@ fn limits_refuse_and_do_not_hang() {
     guest.until("each has an answer", |guest| {
         many.iter().all(|socket| guest.tcp(*socket).may_send() || guest.tcp(*socket).state() == State::Closed)
     });
-    let refused = guest.events().iter().filter(|it| matches!(it, NetworkEvent::Denied { by: DeniedBy::Rate, .. })).count();
+    let refused = guest
+        .events()
+        .iter()
+        .filter(|it| matches!(it, NetworkEvent::Denied { by: DeniedBy::Rate, .. }))
+        .count();
     assert!((1..=3).contains(&refused), "{refused}");
 }

@@ -88,8 +88,16 @@ mod tests {
     #[test]
     fn patterns_match_whole_labels() {
         for (pattern, yes, no) in [
-            ("example.com", &["example.com", "EXAMPLE.com."][..], &["a.example.com", "xexample.com", "com", ""][..]),
-            ("*.example.com", &["a.example.com", "a.b.Example.Com"], &["example.com", "xexample.com", ".com"]),
+            (
+                "example.com",
+                &["example.com", "EXAMPLE.com."][..],
+                &["a.example.com", "xexample.com", "com", ""][..],
+            ),
+            (
+                "*.example.com",
+                &["a.example.com", "a.b.Example.Com"],
+                &["example.com", "xexample.com", ".com"],
+            ),
             (".example.com", &["example.com", "a.example.com."], &["xexample.com", "example.com.org"]),
             ("localhost", &["localhost"], &["a.localhost"]),
         ] {

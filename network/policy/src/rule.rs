@@ -189,7 +189,11 @@ impl Rule {
     }
 
     /// Whether some port of this host is what the rule is about, as far as address and names go.
-    pub(crate) fn is_about_host<'a>(&self, address: IpAddr, mut names: impl Iterator<Item = &'a str>) -> bool {
+    pub(crate) fn is_about_host<'a>(
+        &self,
+        address: IpAddr,
+        mut names: impl Iterator<Item = &'a str>,
+    ) -> bool {
         self.net.is_none_or(|net| net.contains(address))
             && self.name.as_ref().is_none_or(|pattern| {
                 let trusted = self.action == Action::Deny || self.net.is_some() || is_public(address);

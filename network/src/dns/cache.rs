@@ -73,7 +73,8 @@ impl Cache {
         let mut answer = kept.answer.clone();
         for record in Records::of(&kept.answer, query.end) {
             let record = record?;
-            if let Some(field) = answer.get_mut(record.ttl_at..record.ttl_at + 4).filter(|_| record.has_ttl()) {
+            if let Some(field) = answer.get_mut(record.ttl_at..record.ttl_at + 4).filter(|_| record.has_ttl())
+            {
                 field.copy_from_slice(&record.ttl.saturating_sub(passed).to_be_bytes());
             }
         }

@@ -327,7 +327,8 @@ mod tests {
     fn addresses_come_out_as_they_went_in() {
         let asked = question(&[b"a", b"b"], A);
         let query = read_query(&asked).unwrap();
-        let given: Vec<IpAddr> = vec!["1.2.3.4".parse().unwrap(), "::1".parse().unwrap(), "5.6.7.8".parse().unwrap()];
+        let given: Vec<IpAddr> =
+            vec!["1.2.3.4".parse().unwrap(), "::1".parse().unwrap(), "5.6.7.8".parse().unwrap()];
         let answer = with_addresses(&asked, &query, &given, 77);
         assert!(answers(&answer, &asked, query.end, 0x1234));
         assert!(!answers(&answer, &asked, query.end, 0x1235));

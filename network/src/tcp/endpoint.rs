@@ -25,6 +25,8 @@ const FIRST_TIMEOUT: Duration = Duration::from_millis(300);
 const LAST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Repetitions without an answer after which the guest has forgotten the connection: about a minute.
 const REPETITIONS: u8 = 10;
+/// Acknowledgements of the same byte after which the next is taken for lost (RFC 5681 §3.2).
+const DUPLICATES: u8 = 3;
 /// How long a closed connection answers repeated FINs. Nothing lingers on this link.
 const TIME_WAIT: Duration = Duration::from_secs(1);
 /// What a peer without the option takes (RFC 9293 §3.7.1).
@@ -156,6 +158,8 @@ pub(crate) struct Endpoint {
     first_to_finish: bool,
 
     acknowledge: bool,
+    /// Acknowledgements for segments behind a missing one: each counts to the guest (RFC 5681 §3.2).
+    missing: u8,
     probe: bool,
     duplicates: u8,
     recover: Seq,
@@ -187,6 +191,7 @@ impl Endpoint {
             heard_all: false,
             first_to_finish: false,
             acknowledge: false,
+            missing: 0,
             probe: false,
             duplicates: 0,
             recover: iss,
@@ -395,7 +400,10 @@ impl Endpoint {
         }
         if len > 0 {
             self.acknowledge = true;
-            if !self.heard_all && !self.expected.is_before(segment.seq) {
+            if self.expected.is_before(segment.seq) {
+                self.missing = DUPLICATES.min(self.missing + 1);
+            } else if !self.heard_all {
+                self.missing = 0;
                 self.hear_payload(segment, known, pool, sink);
             }
         }
@@ -457,7 +465,7 @@ impl Endpoint {
             let window = usize::from(segment.window) << self.scale;
             if window == self.window && !self.una.is_before(self.recover) {
                 self.duplicates = self.duplicates.saturating_add(1);
-                if self.duplicates == 3 {
+                if self.duplicates == DUPLICATES {
                     self.next = self.una;
                     self.recover = self.highest;
                 }
@@ -555,7 +563,7 @@ impl Endpoint {
             Phase::SynSent => self.next == self.iss,
             Phase::SynReceived => self.next == self.iss || self.acknowledge,
             Phase::Open | Phase::TimeWait => {
-                self.acknowledge || self.probe || self.due(usize::MAX) != (0, false)
+                self.acknowledge || self.missing > 0 || self.probe || self.due(usize::MAX) != (0, false)
             }
         }
     }
@@ -577,7 +585,8 @@ impl Endpoint {
                 } else if std::mem::take(&mut self.probe) {
                     // A number from before the window makes the guest say where it is (RFC 9293 §3.8.6.1).
                     self.acknowledgement(Seq(self.una.0.wrapping_sub(1)), pool)
-                } else if self.acknowledge {
+                } else if self.acknowledge || self.missing > 0 {
+                    self.missing = self.missing.saturating_sub(1);
                     self.acknowledgement(self.highest, pool)
                 } else {
                     return None;

@@ -119,7 +119,8 @@ impl Table {
             }
             return;
         }
-        if !shared.admit(Direction::Outbound, Protocol::Tcp, peer, port, now) || !self.has_room(call, shared) {
+        if !shared.admit(Direction::Outbound, Protocol::Tcp, peer, port, now) || !self.has_room(call, shared)
+        {
             self.refuse(ends, syn, shared);
             return;
         }
@@ -352,7 +353,12 @@ impl Table {
     }
 
     /// The next segment for the guest, its headers written to `head`: everybody in turn.
-    pub(crate) fn next_segment(&mut self, head: &mut Vec<u8>, shared: &mut Shared, now: Instant) -> Option<Due> {
+    pub(crate) fn next_segment(
+        &mut self,
+        head: &mut Vec<u8>,
+        shared: &mut Shared,
+        now: Instant,
+    ) -> Option<Due> {
         if !self.starved.is_empty() && shared.pool.room() >= ENOUGH {
             for id in std::mem::take(&mut self.starved) {
                 if let Some(connection) = self.connections.get_mut(id) {

@@ -84,16 +84,46 @@ pub fn echo(link: &Addresses, to: IpAddr, ident: u16, seq_no: u16, data: &[u8]) 
 /// A frame for the guest, with all its checksums verified.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Seen {
-    Udp { from: (IpAddr, u16), to: u16, payload: Vec<u8> },
-    Echo { from: IpAddr, ident: u16, sequence: u16, data: Vec<u8> },
+    Udp {
+        from: (IpAddr, u16),
+        to: u16,
+        payload: Vec<u8>,
+    },
+    Echo {
+        from: IpAddr,
+        ident: u16,
+        sequence: u16,
+        data: Vec<u8>,
+    },
     /// Code of "destination unreachable", and source and target port of the packet that it quotes.
-    Unreachable { from: IpAddr, code: u8, ports: (u16, u16) },
-    Reset { from: (IpAddr, u16), to: u16 },
-    SynAck { from: (IpAddr, u16), to: u16 },
-    Syn { from: (IpAddr, u16), to: u16 },
-    OtherTcp { to: u16 },
-    Arp { whose: IpAddr, mac: [u8; 6] },
-    Neighbor { whose: IpAddr, mac: [u8; 6] },
+    Unreachable {
+        from: IpAddr,
+        code: u8,
+        ports: (u16, u16),
+    },
+    Reset {
+        from: (IpAddr, u16),
+        to: u16,
+    },
+    SynAck {
+        from: (IpAddr, u16),
+        to: u16,
+    },
+    Syn {
+        from: (IpAddr, u16),
+        to: u16,
+    },
+    OtherTcp {
+        to: u16,
+    },
+    Arp {
+        whose: IpAddr,
+        mac: [u8; 6],
+    },
+    Neighbor {
+        whose: IpAddr,
+        mac: [u8; 6],
+    },
 }
 
 pub fn read(link: &Addresses, frame: &[u8]) -> Seen {
@@ -118,7 +148,8 @@ pub fn read(link: &Addresses, frame: &[u8]) -> Seen {
             let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
             match ip.next_header() {
                 IpProtocol::Icmp => {
-                    match Icmpv4Repr::parse(&Icmpv4Packet::new_checked(ip.payload()).unwrap(), &caps).unwrap() {
+                    match Icmpv4Repr::parse(&Icmpv4Packet::new_checked(ip.payload()).unwrap(), &caps).unwrap()
+                    {
                         Icmpv4Repr::EchoReply { ident, seq_no, data } => {
                             Seen::Echo { from, ident, sequence: seq_no, data: data.to_vec() }
                         }
@@ -150,7 +181,7 @@ pub fn read(link: &Addresses, frame: &[u8]) -> Seen {
                         Icmpv6Repr::Ndisc(NdiscRepr::NeighborAdvert { target_addr, lladdr, .. }) => {
                             assert_eq!(ip.hop_limit(), 255);
                             let mac = lladdr.unwrap().parse(Medium::Ethernet).unwrap();
-                            let HardwareAddress::Ethernet(mac) = mac else { panic!() };
+                            let HardwareAddress::Ethernet(mac) = mac;
                             Seen::Neighbor { whose: target_addr.into(), mac: mac.0 }
                         }
                         other => panic!("{other:?}"),
