@@ -57,8 +57,13 @@ pub const LINKER: &[Need] = &[("gcc", "gcc"), ("libc6-dev", "/usr/include/stdio.
 pub const PIP: &[Need] = &[("python3-pip", "pip3"), ("python3", "python3")];
 
 /// What the tests hold our work against.
-pub const TESTS: &[Need] =
-    &[("erofs-utils", "fsck.erofs"), ("e2fsprogs", "fsck.ext4"), ("umoci", "umoci"), ("skopeo", "skopeo")];
+pub const TESTS: &[Need] = &[
+    ("erofs-utils", "fsck.erofs"),
+    ("e2fsprogs", "fsck.ext4"),
+    ("iproute2", "ip"),
+    ("umoci", "umoci"),
+    ("skopeo", "skopeo"),
+];
 
 /// Installs what is missing of `needs`.
 pub fn ensure(why: &str, needs: &[&[Need]]) -> Result<()> {

@@ -1,0 +1,633 @@
+//! The guest's peer: one end of one TCP connection, without I/O (RFC 9293).
+//!
+//! The link to the guest is a queue in memory, lossless and in order, and its other end has a kernel that does all
+//! that TCP asks for. So this end does what correctness needs and no more. It has windows with scaling and moves segments of
+//! up to 64 KiB. It repeats what was not acknowledged, all from the first missing byte on, and probes windows that stay closed. It
+//! has no congestion control, no timestamps and no selective acknowledgement; what comes out of order is not kept but
+//! acknowledged as missing.
+//!
+//! Bytes from the guest go to a sink as they come, and only what the sink does not take is kept: what the window
+//! has promised, at most. Bytes for the guest are kept until it has acknowledged them.
+
+use std::time::{Duration, Instant};
+
+use super::seq::Seq;
+use crate::ring::{Pool, Ring};
+
+/// The most bytes that wait for the host's side.
+pub(crate) const RECEIVE: usize = 512 << 10;
+/// The most bytes that wait for the guest's acknowledgement.
+pub(crate) const SEND: usize = 1 << 20;
+/// How our window is scaled: `RECEIVE` needs three.
+const SHIFT: u8 = 4;
+/// How long an acknowledgement takes at most, before it is taken for lost. The guest may be busy, but the link cannot be.
+const FIRST_TIMEOUT: Duration = Duration::from_millis(300);
+const LAST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Repetitions without an answer after which the guest has forgotten the connection: about a minute.
+const REPETITIONS: u8 = 10;
+/// Acknowledgements of the same byte after which the next is taken for lost (RFC 5681 §3.2).
+const DUPLICATES: u8 = 3;
+/// How long a closed connection answers repeated FINs. Nothing lingers on this link.
+const TIME_WAIT: Duration = Duration::from_secs(1);
+/// What a peer without the option takes (RFC 9293 §3.7.1).
+const DEFAULT_MSS: u16 = 536;
+/// Less would be a trap: 64 KiB in segments of some bytes.
+const LEAST_MSS: u16 = 88;
+
+/// A segment from the guest, checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment<'a> {
+    pub(crate) seq: Seq,
+    pub(crate) ack: Option<Seq>,
+    pub(crate) syn: bool,
+    pub(crate) fin: bool,
+    pub(crate) rst: bool,
+    pub(crate) window: u16,
+    pub(crate) scale: Option<u8>,
+    pub(crate) mss: Option<u16>,
+    pub(crate) payload: &'a [u8],
+}
+
+impl Segment<'_> {
+    /// Sequence numbers that it takes up.
+    pub(crate) fn len(&self) -> usize {
+        self.payload.len() + usize::from(self.syn) + usize::from(self.fin)
+    }
+}
+
+/// A segment for the guest. Its payload is [`Endpoint::payload`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outgoing {
+    pub(crate) seq: Seq,
+    pub(crate) ack: Option<Seq>,
+    pub(crate) syn: bool,
+    pub(crate) fin: bool,
+    pub(crate) rst: bool,
+    pub(crate) psh: bool,
+    pub(crate) window: u16,
+    pub(crate) scale: Option<u8>,
+    pub(crate) mss: Option<u16>,
+    /// Where the payload begins in what is kept for the guest, and how long it is.
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
+}
+
+impl Outgoing {
+    /// A reset, as it answers a segment that belongs to no connection (RFC 9293 §3.10.7.1).
+    pub(crate) fn reset_for(segment: &Segment<'_>) -> Self {
+        let (seq, ack) = match segment.ack {
+            Some(ack) => (ack, None),
+            None => (Seq(0), Some(segment.seq.plus(segment.len()))),
+        };
+        Outgoing { rst: true, ..Self::bare(seq, ack) }
+    }
+
+    fn bare(seq: Seq, ack: Option<Seq>) -> Self {
+        Outgoing {
+            seq,
+            ack,
+            syn: false,
+            fin: false,
+            rst: false,
+            psh: false,
+            window: 0,
+            scale: None,
+            mss: None,
+            offset: 0,
+            len: 0,
+        }
+    }
+}
+
+/// Where a connection is. Half-closed states are told by [`Endpoint::finished`] and [`Endpoint::heard_all`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The guest asks, and has no answer yet.
+    Asked,
+    /// We ask.
+    SynSent,
+    /// We have answered, or both have asked.
+    SynReceived,
+    /// Bytes move.
+    Open,
+    /// Both have finished, and we did first.
+    TimeWait,
+    /// It is over.
+    Over(Ending),
+}
+
+/// How it was over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Both have finished.
+    Finished,
+    /// The guest broke it off.
+    Reset,
+    /// The guest did not answer.
+    TimedOut,
+}
+
+/// One end of a connection.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    phase: Phase,
+    /// The largest payload that the guest takes, and ours.
+    peer_mss: u16,
+    our_mss: u16,
+
+    iss: Seq,
+    /// First byte that is not acknowledged, next to be sent, and behind the last that ever was.
+    una: Seq,
+    next: Seq,
+    highest: Seq,
+    window: usize,
+    scale: u8,
+    /// Segment of the last window update (SND.WL1 and SND.WL2).
+    updated: (Seq, Seq),
+    sending: Ring,
+    finish: bool,
+    finish_acked: bool,
+
+    /// Next byte expected, and the end of the window that was promised.
+    expected: Seq,
+    edge: Seq,
+    scaled: bool,
+    receiving: Ring,
+    heard_all: bool,
+    /// Whether our FIN was sent before the guest's had come.
+    first_to_finish: bool,
+
+    acknowledge: bool,
+    /// Acknowledgements for segments behind a missing one: each counts to the guest (RFC 5681 §3.2).
+    missing: u8,
+    probe: bool,
+    duplicates: u8,
+    recover: Seq,
+    timeout: Duration,
+    repetitions: u8,
+    deadline: Option<Instant>,
+}
+
+impl Endpoint {
+    fn new(phase: Phase, iss: Seq, our_mss: u16) -> Self {
+        Endpoint {
+            phase,
+            peer_mss: DEFAULT_MSS,
+            our_mss,
+            iss,
+            una: iss,
+            next: iss,
+            highest: iss,
+            window: 0,
+            scale: 0,
+            updated: (Seq(0), Seq(0)),
+            sending: Ring::default(),
+            finish: false,
+            finish_acked: false,
+            expected: Seq(0),
+            edge: Seq(0),
+            scaled: true,
+            receiving: Ring::default(),
+            heard_all: false,
+            first_to_finish: false,
+            acknowledge: false,
+            missing: 0,
+            probe: false,
+            duplicates: 0,
+            recover: iss,
+            timeout: FIRST_TIMEOUT,
+            repetitions: 0,
+            deadline: None,
+        }
+    }
+
+    /// The end that the guest's SYN asks for. It is silent until [`Endpoint::answer`].
+    pub(crate) fn asked(syn: &Segment<'_>, iss: Seq, our_mss: u16) -> Self {
+        let mut endpoint = Self::new(Phase::Asked, iss, our_mss);
+        endpoint.hear_syn(syn);
+        endpoint
+    }
+
+    /// The end that asks the guest.
+    pub(crate) fn asking(iss: Seq, our_mss: u16) -> Self {
+        Self::new(Phase::SynSent, iss, our_mss)
+    }
+
+    /// Answers the guest's SYN.
+    pub(crate) fn answer(&mut self) {
+        if self.phase == Phase::Asked {
+            self.phase = Phase::SynReceived;
+        }
+    }
+
+    fn hear_syn(&mut self, syn: &Segment<'_>) {
+        self.expected = syn.seq.plus(1);
+        self.edge = self.expected;
+        self.peer_mss = syn.mss.unwrap_or(DEFAULT_MSS).max(LEAST_MSS);
+        // Scaling holds both ways or not at all (RFC 7323 §2.2).
+        self.scaled = syn.scale.is_some();
+        self.scale = syn.scale.unwrap_or(0).min(14);
+        self.window = usize::from(syn.window);
+        self.updated = (syn.seq, self.una);
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The number of the guest's SYN.
+    pub(crate) fn syn_heard(&self) -> Seq {
+        Seq(self.expected.0.wrapping_sub(1))
+    }
+
+    /// Whether bytes have begun to move.
+    pub(crate) fn is_open(&self) -> bool {
+        self.phase == Phase::Open
+    }
+
+    /// The largest payload of one packet to the guest.
+    pub(crate) fn mss(&self) -> u16 {
+        self.peer_mss.min(self.our_mss)
+    }
+
+    /// Bytes from the guest that wait for the host's side.
+    pub(crate) fn waiting(&self) -> (&[u8], &[u8]) {
+        self.receiving.slices(0, self.receiving.len())
+    }
+
+    /// The host's side has taken `n` of them.
+    pub(crate) fn taken(&mut self, n: usize, pool: &mut Pool) {
+        self.receiving.consume(n, pool);
+        // A window that opens again is told once it is worth a segment (RFC 9293 §3.8.6.2.2).
+        let open = RECEIVE.saturating_sub(self.receiving.len());
+        if open.saturating_sub(self.edge.since(self.expected)) >= RECEIVE / 4 {
+            self.acknowledge = true;
+        }
+    }
+
+    /// Whether the guest has finished and all it said has been taken.
+    pub(crate) fn heard_all(&self) -> bool {
+        self.heard_all && self.receiving.is_empty()
+    }
+
+    /// How many more bytes for the guest are worth having: its window, as far as it is not filled.
+    pub(crate) fn appetite(&self) -> usize {
+        if self.phase != Phase::Open || self.finish {
+            return 0;
+        }
+        self.window.min(SEND).saturating_sub(self.sending.len())
+    }
+
+    /// Where bytes for the guest go.
+    pub(crate) fn sending(&mut self) -> &mut Ring {
+        &mut self.sending
+    }
+
+    /// There will be no more bytes for the guest.
+    pub(crate) fn finish(&mut self) {
+        self.finish = true;
+    }
+
+    /// The payload of a segment.
+    pub(crate) fn payload(&self, segment: &Outgoing) -> (&[u8], &[u8]) {
+        self.sending.slices(segment.offset, segment.len)
+    }
+
+    /// When [`Endpoint::on_time`] is to be called.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Gives all memory back.
+    pub(crate) fn release(&mut self, pool: &mut Pool) {
+        self.sending.release(pool);
+        self.receiving.release(pool);
+    }
+
+    /// A reset of this connection, if the guest knows it.
+    pub(crate) fn reset(&self) -> Option<Outgoing> {
+        match self.phase {
+            Phase::Over(_) | Phase::TimeWait | Phase::SynSent => None,
+            // As for a port where nobody listens.
+            Phase::Asked => Some(Outgoing { rst: true, ..Outgoing::bare(Seq(0), Some(self.expected)) }),
+            Phase::SynReceived | Phase::Open => {
+                Some(Outgoing { rst: true, ..Outgoing::bare(self.next, Some(self.expected)) })
+            }
+        }
+    }
+
+    /// Takes a segment. `sink` takes bytes in order, and says how many.
+    pub(crate) fn on_segment(
+        &mut self,
+        segment: &Segment<'_>,
+        now: Instant,
+        pool: &mut Pool,
+        sink: impl FnOnce(&[u8]) -> usize,
+    ) {
+        match self.phase {
+            Phase::Over(_) => {}
+            Phase::Asked => {
+                if segment.rst && segment.seq == self.expected {
+                    self.phase = Phase::Over(Ending::Reset);
+                }
+            }
+            Phase::SynSent => self.hear_answer(segment),
+            Phase::SynReceived | Phase::Open | Phase::TimeWait => self.hear(segment, now, pool, sink),
+        }
+        self.arm(now);
+    }
+
+    /// The answer to our SYN (RFC 9293 §3.10.7.3).
+    fn hear_answer(&mut self, segment: &Segment<'_>) {
+        let right = segment.ack.is_none_or(|ack| ack == self.highest && ack != self.iss);
+        if segment.rst {
+            if right && segment.ack.is_some() {
+                self.phase = Phase::Over(Ending::Reset);
+            }
+        } else if segment.syn && right {
+            self.hear_syn(segment);
+            match segment.ack {
+                Some(ack) => {
+                    self.una = ack;
+                    self.phase = Phase::Open;
+                    self.answered();
+                    self.acknowledge = true;
+                }
+                // Both have asked at once: our SYN goes out again, with an acknowledgement.
+                None => {
+                    self.phase = Phase::SynReceived;
+                    self.next = self.iss;
+                }
+            }
+        }
+    }
+
+    fn hear(
+        &mut self,
+        segment: &Segment<'_>,
+        now: Instant,
+        pool: &mut Pool,
+        sink: impl FnOnce(&[u8]) -> usize,
+    ) {
+        let len = segment.len();
+        let known = self.expected.since(segment.seq);
+        let old = segment.seq.is_before(self.expected) && known >= len;
+        let beyond = self.edge.latest(self.expected).is_before(segment.seq);
+        if old || beyond {
+            if segment.syn && self.phase == Phase::SynReceived {
+                self.next = self.iss;
+            } else if !segment.rst {
+                self.acknowledge = true;
+            }
+            return;
+        }
+        if segment.rst {
+            // One that could be guessed is asked about first (RFC 5961 §3.2).
+            if segment.seq == self.expected {
+                self.phase = Phase::Over(Ending::Reset);
+            } else {
+                self.acknowledge = true;
+            }
+            return;
+        }
+        if segment.syn {
+            self.acknowledge = true;
+            return;
+        }
+        let Some(ack) = segment.ack else { return };
+        if !self.hear_ack(segment, ack, pool) {
+            return;
+        }
+        if len > 0 {
+            self.acknowledge = true;
+            if self.expected.is_before(segment.seq) {
+                self.missing = DUPLICATES.min(self.missing + 1);
+            } else if !self.heard_all {
+                self.missing = 0;
+                self.hear_payload(segment, known, pool, sink);
+            }
+        }
+        if self.finish_acked && self.heard_all && self.phase == Phase::Open {
+            if self.first_to_finish {
+                self.phase = Phase::TimeWait;
+                self.deadline = Some(now + TIME_WAIT);
+            } else {
+                self.phase = Phase::Over(Ending::Finished);
+            }
+        }
+    }
+
+    fn hear_payload(
+        &mut self,
+        segment: &Segment<'_>,
+        known: usize,
+        pool: &mut Pool,
+        sink: impl FnOnce(&[u8]) -> usize,
+    ) {
+        let fresh = segment.payload.get(known..).unwrap_or_default();
+        let promised = fresh.get(..self.edge.since(self.expected)).unwrap_or(fresh);
+        let mut taken = 0;
+        if self.receiving.is_empty() && !promised.is_empty() {
+            taken = sink(promised).min(promised.len());
+        }
+        taken += self.receiving.push(promised.get(taken..).unwrap_or_default(), pool);
+        self.expected = self.expected.plus(taken);
+        if segment.fin && taken == fresh.len() {
+            self.expected = self.expected.plus(1);
+            self.heard_all = true;
+            self.first_to_finish = self.finish_sent();
+        }
+    }
+
+    /// What the guest says about our bytes. `false`: the rest of the segment is not looked at.
+    fn hear_ack(&mut self, segment: &Segment<'_>, ack: Seq, pool: &mut Pool) -> bool {
+        if self.highest.is_before(ack) {
+            self.acknowledge = true;
+            return false;
+        }
+        if self.phase == Phase::SynReceived {
+            if ack.since(self.iss) == 0 {
+                return false;
+            }
+            self.phase = Phase::Open;
+        }
+        if self.una.is_before(ack) {
+            let acked = ack.since(self.una) - usize::from(self.una == self.iss);
+            if self.finish && ack == self.highest && self.finish_sent() && acked > self.sending.len() {
+                self.finish_acked = true;
+            }
+            self.sending.consume(acked, pool);
+            self.una = ack;
+            self.next = self.next.latest(ack);
+            self.deadline = None;
+            self.answered();
+        } else if ack == self.una && segment.len() == 0 && self.una != self.highest {
+            let window = usize::from(segment.window) << self.scale;
+            if window == self.window && !self.una.is_before(self.recover) {
+                self.duplicates = self.duplicates.saturating_add(1);
+                if self.duplicates == DUPLICATES {
+                    self.next = self.una;
+                    self.recover = self.highest;
+                }
+            }
+        }
+        let (seq, acked) = self.updated;
+        if seq.is_before(segment.seq) || (seq == segment.seq && !ack.is_before(acked)) {
+            let window = usize::from(segment.window) << self.scale;
+            if window > 0 && self.window == 0 {
+                self.deadline = None;
+            }
+            self.window = window;
+            self.updated = (segment.seq, ack);
+        }
+        if self.una == self.highest {
+            // A closed window is an answer as well.
+            self.repetitions = 0;
+        }
+        true
+    }
+
+    /// The guest lives.
+    fn answered(&mut self) {
+        self.duplicates = 0;
+        self.timeout = FIRST_TIMEOUT;
+        self.repetitions = 0;
+    }
+
+    /// Whether our FIN has been sent at least once.
+    fn finish_sent(&self) -> bool {
+        let data = self.una.plus(usize::from(self.una == self.iss)).plus(self.sending.len());
+        self.finish_acked || (self.finish && data.is_before(self.highest))
+    }
+
+    /// Sets the clock if something has to happen at some time and it runs for nothing yet.
+    fn arm(&mut self, now: Instant) {
+        match self.phase {
+            Phase::TimeWait => {}
+            Phase::Asked | Phase::Over(_) => self.deadline = None,
+            _ if self.una != self.highest || (self.window == 0 && !self.sending.is_empty()) => {
+                self.deadline.get_or_insert(now + self.timeout);
+            }
+            _ => self.deadline = None,
+        }
+    }
+
+    /// What the clock asks for: to repeat, to probe, or to end.
+    pub(crate) fn on_time(&mut self, now: Instant) {
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.deadline = None;
+        if self.phase == Phase::TimeWait {
+            self.phase = Phase::Over(Ending::Finished);
+            return;
+        }
+        if self.repetitions >= REPETITIONS {
+            self.phase = Phase::Over(Ending::TimedOut);
+            return;
+        }
+        self.timeout = (self.timeout * 2).min(LAST_TIMEOUT);
+        if self.una == self.highest || self.window == 0 {
+            self.probe = true;
+        }
+        if self.una != self.highest {
+            self.next = self.una;
+            self.recover = self.highest;
+            self.duplicates = 0;
+        }
+        // A guest that is paused takes no frames: it is repetitions that count, not time.
+        self.repetitions += 1;
+    }
+
+    /// Bytes that may be sent now, and whether the FIN goes with them.
+    fn due(&self, most: usize) -> (usize, bool) {
+        if self.phase != Phase::Open && self.phase != Phase::TimeWait {
+            return (0, false);
+        }
+        let sent = self.next.since(self.una);
+        let unsent = self.sending.len().saturating_sub(sent);
+        let usable = self.una.plus(self.window).since(self.next);
+        let mut n = unsent.min(usable).min(most);
+        // A window that opens by little is waited for while there is something under way.
+        if n < unsent && n < usize::from(self.mss()) && sent > 0 {
+            n = 0;
+        }
+        let fin = self.finish && !self.finish_acked && n == unsent && sent <= self.sending.len();
+        (n, fin)
+    }
+
+    /// Whether there is something for the guest.
+    pub(crate) fn is_due(&self) -> bool {
+        match self.phase {
+            Phase::Asked | Phase::Over(_) => false,
+            Phase::SynSent => self.next == self.iss,
+            Phase::SynReceived => self.next == self.iss || self.acknowledge,
+            Phase::Open | Phase::TimeWait => {
+                self.acknowledge || self.missing > 0 || self.probe || self.due(usize::MAX) != (0, false)
+            }
+        }
+    }
+
+    /// The next segment for the guest, with at most `most` bytes of payload.
+    pub(crate) fn next_segment(&mut self, most: usize, now: Instant, pool: &Pool) -> Option<Outgoing> {
+        let segment = match self.phase {
+            Phase::Asked | Phase::Over(_) => return None,
+            Phase::SynSent | Phase::SynReceived if self.next == self.iss => self.next_syn(pool),
+            Phase::SynSent => return None,
+            _ => {
+                let (len, fin) = self.due(most);
+                let offset = self.next.since(self.una);
+                if len > 0 || fin {
+                    let psh = len > 0 && offset + len == self.sending.len();
+                    let segment = Outgoing { fin, psh, offset, len, ..self.acknowledgement(self.next, pool) };
+                    self.next = self.next.plus(len).plus(usize::from(fin));
+                    segment
+                } else if std::mem::take(&mut self.probe) {
+                    // A number from before the window makes the guest say where it is (RFC 9293 §3.8.6.1).
+                    self.acknowledgement(Seq(self.una.0.wrapping_sub(1)), pool)
+                } else if self.acknowledge || self.missing > 0 {
+                    self.missing = self.missing.saturating_sub(1);
+                    self.acknowledgement(self.highest, pool)
+                } else {
+                    return None;
+                }
+            }
+        };
+        self.highest = self.highest.latest(self.next);
+        self.arm(now);
+        Some(segment)
+    }
+
+    fn next_syn(&mut self, pool: &Pool) -> Outgoing {
+        self.next = self.iss.plus(1);
+        let answers = self.phase == Phase::SynReceived;
+        let scale = self.scaled.then_some(SHIFT);
+        // The window of a SYN is never scaled.
+        let window = u16::try_from(self.room(pool).min(0xffff)).unwrap_or(u16::MAX);
+        self.edge = self.edge.latest(self.expected.plus(usize::from(window)));
+        self.acknowledge = false;
+        Outgoing {
+            syn: true,
+            window,
+            scale,
+            mss: Some(self.our_mss),
+            ..Outgoing::bare(self.iss, answers.then_some(self.expected))
+        }
+    }
+
+    /// How much more may come from the guest.
+    fn room(&self, pool: &Pool) -> usize {
+        RECEIVE.saturating_sub(self.receiving.len()).min(pool.room())
+    }
+
+    /// A segment that acknowledges everything, and promises a window.
+    fn acknowledgement(&mut self, seq: Seq, pool: &Pool) -> Outgoing {
+        let shift = if self.scaled { SHIFT } else { 0 };
+        // What was promised is kept (RFC 9293 §3.8.6), and what cannot be said is not promised.
+        let promised = (self.room(pool) >> shift).min(0xffff) << shift;
+        self.edge = self.edge.latest(self.expected.plus(promised));
+        let window = u16::try_from(self.edge.since(self.expected) >> shift).unwrap_or(u16::MAX);
+        self.acknowledge = false;
+        Outgoing { window, ..Outgoing::bare(seq, Some(self.expected)) }
+    }
+}
