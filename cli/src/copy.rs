@@ -17,30 +17,18 @@ const ENOENT: i32 = 2;
 
 /// `cubby cp`
 pub async fn copy(cp: Cp) -> Result<u8, Failure> {
-    let options = |options: &mut CopyOptions| {
-        let mut line = ProgressLine::new("", cp.quiet);
-        options.owners(cp.archive).on_progress(move |copied| line.note(&told(copied)));
-    };
     let copied = match (Place::of(&cp.from), Place::of(&cp.to)) {
         (Place::Here(from), Place::There { name, path }) => {
             let fs = Sandbox::get(&name).await?.fs();
             let source = std::fs::metadata(&from).map_err(|error| unreadable(&from, &error))?;
             let target = target(&from, source.is_dir(), &path, there(&fs, &path).await?)?;
-            fs.copy_in_with(&from, target, |o| {
-                options(o);
-                o
-            })
-            .await?
+            fs.copy_in_with(&from, target, |options| chosen(&cp, options)).await?
         }
         (Place::There { name, path }, Place::Here(to)) => {
             let fs = Sandbox::get(&name).await?.fs();
             let source = fs.stat(&path).await?;
             let target = target(&path, source.is_dir(), &to, here(&to)?)?;
-            fs.copy_out_with(&path, target, |o| {
-                options(o);
-                o
-            })
-            .await?
+            fs.copy_out_with(&path, target, |options| chosen(&cp, options)).await?
         }
         (Place::There { name, .. }, Place::There { name: other, .. }) => {
             let remedy = if name == other {
@@ -58,6 +46,11 @@ pub async fn copy(cp: Cp) -> Result<u8, Failure> {
         complain(&clean(&format!("left out {}: it is no file, directory or link", path.display())));
     }
     Ok(u8::from(!copied.skipped.is_empty()))
+}
+
+fn chosen<'o>(cp: &Cp, options: &'o mut CopyOptions) -> &'o mut CopyOptions {
+    let mut line = ProgressLine::new("", cp.quiet, false);
+    options.owners(cp.archive).on_progress(move |copied| line.note(&told(copied)))
 }
 
 fn told(copied: &Copied) -> String {

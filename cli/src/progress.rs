@@ -72,7 +72,7 @@ impl ProgressLine {
 
     /// Shows how far something has come, unless it did so just now.
     pub fn note(&mut self, text: &str) {
-        if self.shown && self.drawn.is_none_or(|drawn| drawn.elapsed() >= PERIOD) {
+        if self.show == Show::Line && self.drawn.is_none_or(|drawn| drawn.elapsed() >= PERIOD) {
             self.draw(text);
         }
     }
