@@ -8,14 +8,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use cubby_protocol::message::{
-    Credit, ExecFailed, ExecFailure, Exited, Fatal, MAX_EVENT, Open, Refused, Signal, Started, Subscribe,
-    TtySize,
+    Credit, ExecFailed, ExecFailure, Exited, Fatal, FileRequest, MAX_EVENT, Open, Refused, Signal, Started,
+    Subscribe, TtySize,
 };
 use cubby_protocol::{Decoder, Frame, FrameError, Hello, Kind, SessionId, decode};
 use rustix::event::epoll;
 use rustix::io::Errno;
 
 use crate::events::{Events, Subscriptions};
+use crate::files::pool::{Completion, Pool};
+use crate::files::{Files, Misuse};
 use crate::metrics;
 use crate::output::{HARD_LIMIT, Output, SOFT_LIMIT};
 use crate::session::{Session, Which};
@@ -45,6 +47,8 @@ pub struct Shared {
     pub spawner: Spawner,
     /// Whose session a child is.
     pub children: BTreeMap<i32, (u16, SessionId)>,
+    /// Does what blocks.
+    pub files: Pool,
     /// Open sessions of all clients.
     pub sessions: usize,
     /// Whether the guest is shutting down.
@@ -85,6 +89,7 @@ pub struct Client {
     decoder: Decoder,
     output: Output,
     sessions: BTreeMap<SessionId, Session>,
+    files: Files,
     /// Sessions that may have bytes to move, so that idle ones cost nothing.
     active: BTreeSet<SessionId>,
     /// Sessions that wait for events of guest processes.
@@ -113,6 +118,7 @@ impl Client {
             decoder: Decoder::default(),
             output,
             sessions: BTreeMap::new(),
+            files: Files::new(slot),
             active: BTreeSet::new(),
             subscriptions: Subscriptions::default(),
             deadline: None,
@@ -209,6 +215,21 @@ impl Client {
             }
         }
         self.subscriptions.pump(&mut self.output);
+        self.files.pump(&self.output, &mut shared.files);
+    }
+
+    /// A step of a file session was done.
+    pub fn on_file(&mut self, completion: Completion, shared: &mut Shared) {
+        let before = self.files.count();
+        self.files.on_completion(completion, &mut self.output, &mut shared.files);
+        shared.sessions -= before - self.files.count();
+    }
+
+    /// Ends what is done with files.
+    pub fn cancel_files(&mut self, shared: &mut Shared) {
+        let before = self.files.count();
+        self.files.cancel_all(&mut self.output, &mut shared.files);
+        shared.sessions -= before - self.files.count();
     }
 
     /// Writes what the connection takes.
@@ -231,7 +252,7 @@ impl Client {
     pub fn is_ready(&self) -> bool {
         let reads = self.readable && self.output.len() < HARD_LIMIT;
         let moves = !self.active.is_empty() || self.subscriptions.has_news();
-        reads || (moves && self.output.len() < SOFT_LIMIT)
+        reads || (moves && self.output.len() < SOFT_LIMIT) || self.files.is_ready(&self.output)
     }
 
     /// Tells the client why, as far as its connection takes it, and ends its commands.
@@ -244,7 +265,8 @@ impl Client {
         for session in self.sessions.values_mut() {
             session.abandon();
         }
-        shared.sessions -= self.sessions.len() + self.subscriptions.count();
+        shared.sessions -= self.sessions.len() + self.subscriptions.count() + self.files.count();
+        self.files.cancel_all(&mut self.output, &mut shared.files);
     }
 
     fn on_frame(&mut self, frame: Frame<'_>, shared: &mut Shared) -> Result<(), Drop> {
@@ -273,6 +295,10 @@ impl Client {
             Kind::Measure if !on_connection => self.output.message(Kind::Measured, id, &metrics::measure()),
             Kind::Stdin | Kind::StdinClose | Kind::Signal | Kind::Resize | Kind::Credit if !on_connection => {
                 self.on_session_frame(kind, id, payload)?;
+            }
+            Kind::FileRequest if !on_connection => self.open_file(id, decode(payload)?, shared),
+            Kind::FileData | Kind::FileHole | Kind::FileEnd | Kind::FileCancel if !on_connection => {
+                self.on_file_frame(kind, id, payload, shared)?;
             }
             _ => return Err(broke(format!("{kind:?} frame for session {} is not for the agent", id.0))),
         }
@@ -321,16 +347,30 @@ impl Client {
                 if let Some(session) = session {
                     session.on_credit(credit.bytes);
                 }
+                self.files.on_credit(id, credit.bytes);
             }
         }
         Ok(())
+    }
+
+    fn on_file_frame(
+        &mut self,
+        kind: Kind,
+        id: SessionId,
+        payload: &[u8],
+        shared: &mut Shared,
+    ) -> Result<(), Drop> {
+        let before = self.files.count();
+        let heard = self.files.on_frame(kind, id, payload, &mut self.output, &mut shared.files);
+        shared.sessions -= before - self.files.count();
+        heard.map_err(|misuse: Misuse| broke(misuse.to_string()))
     }
 
     /// Whether there can be a session `id`; if not, the client is told.
     fn admits(&mut self, id: SessionId, shared: &Shared) -> bool {
         let refused = if shared.stopping {
             Some(Refused::InvalidState { state: "stopping".into(), operation: "open a session".into() })
-        } else if self.sessions.contains_key(&id) || self.subscriptions.contains(id) {
+        } else if self.sessions.contains_key(&id) || self.subscriptions.contains(id) || self.files.has(id) {
             Some(Refused::SessionInUse)
         } else if shared.sessions >= MAX_SESSIONS {
             let max = u32::try_from(MAX_SESSIONS).unwrap_or(u32::MAX);
@@ -361,6 +401,13 @@ impl Client {
             self.subscriptions.open(id, subscribe);
             shared.sessions += 1;
             self.output.message(Kind::Subscribed, id, &());
+        }
+    }
+
+    fn open_file(&mut self, id: SessionId, request: FileRequest, shared: &mut Shared) {
+        if self.admits(id, shared) {
+            shared.sessions += 1;
+            self.files.open(id, request, &mut shared.files);
         }
     }
 

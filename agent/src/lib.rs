@@ -21,6 +21,7 @@ pub mod boot;
 pub mod client;
 pub mod control;
 pub mod events;
+pub mod files;
 pub mod metrics;
 pub mod oom;
 pub mod output;

@@ -59,6 +59,20 @@ impl Output {
         }
     }
 
+    /// Moves all frames of `other`, none of which is urgent, behind those that are here.
+    pub fn append(&mut self, other: &mut Self) {
+        if self.start == self.end {
+            (self.start, self.end, self.boundary) = (0, 0, 0);
+            std::mem::swap(&mut self.data, &mut other.data);
+            std::mem::swap(&mut self.start, &mut other.start);
+            std::mem::swap(&mut self.end, &mut other.end);
+            std::mem::swap(&mut self.boundary, &mut other.boundary);
+        } else {
+            self.raw(other.data.get(other.start..other.end).unwrap_or_default());
+            (other.start, other.end, other.boundary) = (0, 0, 0);
+        }
+    }
+
     /// Adds a frame that leaves before everything else but the frame that is being written.
     pub fn urgent(&mut self, kind: Kind, session: SessionId, payload: &[u8]) -> Result<(), FrameError> {
         encode_raw(kind, session, payload, &mut self.urgent)

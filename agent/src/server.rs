@@ -19,6 +19,7 @@ use rustix::process::{WaitOptions, WaitStatus, wait};
 use crate::client::{Client, Drop, Shared};
 use crate::control::Control;
 use crate::events::Events;
+use crate::files::pool::Pool;
 use crate::oom::OomLog;
 use crate::power::Progress;
 use crate::spawn::Spawner;
@@ -61,6 +62,7 @@ impl Server {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             spawner: Spawner::new(config)?,
             children: BTreeMap::new(),
+            files: Pool::new()?,
             sessions: 0,
             stopping: false,
             held: Vec::new(),
@@ -69,6 +71,7 @@ impl Server {
         let signals = sys::block_sigchld()?;
         shared.watch(&signals, Token::Children)?;
         shared.watch(&listener, Token::Listener)?;
+        shared.watch(shared.files.bell(), Token::Files)?;
         Ok(Self {
             shared,
             signals,
@@ -158,8 +161,21 @@ impl Server {
             Token::Held(number) => self.drain(number),
             Token::Events => self.shared.events.accept(&self.shared.epoll),
             Token::Guest(number) => self.shared.events.on_event(number, flags),
+            // While the guest shuts down, the last thread may be what it waits for.
+            Token::Files => return self.on_files() && self.stopping.is_some(),
         }
         false
+    }
+
+    /// Hands out what was done with files. Whether nothing more is under way.
+    fn on_files(&mut self) -> bool {
+        for completion in self.shared.files.completed() {
+            match self.clients.get_mut(&completion.ticket.slot) {
+                Some(client) => client.on_file(completion, &mut self.shared),
+                None => self.shared.files.discard(completion.ticket, completion.outcome.next),
+            }
+        }
+        self.shared.files.is_idle()
     }
 
     fn accept(&mut self) {
@@ -192,6 +208,7 @@ impl Server {
         let stop = grace.filter(|_| self.stopping.is_none());
         if let Some(grace) = stop {
             self.shared.stopping = true;
+            self.clients.values_mut().for_each(|client| client.cancel_files(&mut self.shared));
             self.stopping = Some(Progress::start(grace));
         }
         let shared = &mut self.shared;
@@ -244,7 +261,8 @@ impl Server {
                 Ok(Some((pid, status))) => self.on_exit(pid.as_raw_nonzero().get(), status, now),
                 Ok(None) => return Ok(()),
                 Err(Errno::CHILD) => {
-                    if let Some(stopping) = &mut self.stopping {
+                    // Whatever is being written has to be put away as well.
+                    if let Some(stopping) = self.stopping.as_mut().filter(|_| self.shared.files.is_idle()) {
                         stopping.nobody_left();
                     }
                     return Ok(());

@@ -21,6 +21,8 @@ pub enum Token {
     Events,
     /// The connection of such a process.
     Guest(u32),
+    /// Something was done with files.
+    Files,
 }
 
 impl From<Token> for u64 {
@@ -36,6 +38,7 @@ impl From<Token> for u64 {
             Token::Held(number) => (7, 0, number),
             Token::Events => (12, 0, 0),
             Token::Guest(number) => (13, 0, number),
+            Token::Files => (8, 0, 0),
         };
         kind << 48 | Self::from(slot) << 32 | Self::from(number)
     }
@@ -55,6 +58,7 @@ impl From<u64> for Token {
             6 => Self::Session(slot, number, Which::Stderr),
             12 => Self::Events,
             13 => Self::Guest(number),
+            8 => Self::Files,
             _ => Self::Held(number),
         }
     }
@@ -77,6 +81,7 @@ mod tests {
             Token::Held(9),
             Token::Events,
             Token::Guest(u32::MAX),
+            Token::Files,
         ] {
             assert_eq!(Token::from(u64::from(token)), token);
         }

@@ -4,6 +4,7 @@ mod env;
 mod kept;
 mod unsupported;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -92,6 +93,8 @@ pub enum Command {
     },
     /// Run a command in a sandbox that runs
     Exec(Exec),
+    /// Copy files and directories between this computer and a sandbox that runs
+    Cp(Cp),
     /// Open a shell in a sandbox that runs
     #[command(after_help = "Example:\n  cubby shell box")]
     Shell {
@@ -250,6 +253,29 @@ pub struct Exec {
     /// The sandbox, and the command with its arguments
     #[arg(required = true, num_args = 2.., trailing_var_arg = true, hide = true, value_name = "NAME COMMAND")]
     pub words: Vec<String>,
+}
+
+/// `cubby cp`
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "cubby cp [OPTIONS] PATH NAME:PATH\n       cubby cp [OPTIONS] NAME:PATH PATH",
+    after_help = "Examples:\n  cubby cp program.py box:/root/\n  cubby cp box:/var/log ./logs\n  \
+                  cubby cp site/. box:/srv/www\n\nA directory goes with all that is in it: into DST if that is a directory, else \
+                  as DST.\nDIR/. is what is in DIR. Paths in a sandbox begin at its root."
+)]
+pub struct Cp {
+    /// Keep users and groups; otherwise copies belong to root there, and to you here
+    #[arg(short, long)]
+    pub archive: bool,
+    /// Show no progress
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// From
+    #[arg(value_name = "SRC")]
+    pub from: OsString,
+    /// To
+    #[arg(value_name = "DST")]
+    pub to: OsString,
 }
 
 /// Which of our streams the command gets.

@@ -9,6 +9,7 @@
 
 mod amount;
 mod arguments;
+mod copy;
 mod doctor;
 mod events;
 mod failure;
@@ -61,6 +62,7 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Run(run) => run::run(run).await,
         Command::Create(create) => run::create(create).await,
         Command::Exec(exec) => run::exec(exec).await,
+        Command::Cp(cp) => copy::copy(cp).await,
         Command::Shell { name } => run::shell(name).await,
         Command::Start { names } => lifecycle::each(names, lifecycle::Operation::Start).await,
         Command::Stop { names, timeout } => {

@@ -70,6 +70,13 @@ impl ProgressLine {
         }
     }
 
+    /// Shows how far something has come, unless it did so just now.
+    pub fn note(&mut self, text: &str) {
+        if self.show == Show::Line && self.drawn.is_none_or(|drawn| drawn.elapsed() >= PERIOD) {
+            self.draw(text);
+        }
+    }
+
     fn text(&mut self, progress: &Progress) -> Option<String> {
         let image = &self.image;
         Some(match progress {

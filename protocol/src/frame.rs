@@ -116,6 +116,25 @@ kinds! {
     /// The receiver of bulk data is ready for more: [`crate::message::Credit`].
     Credit = 0x4b, Both;
 
+    /// Opens a session for one thing with files: [`crate::message::FileRequest`].
+    FileRequest = 0x50, Opens;
+    /// The file to be read is open: [`crate::message::FileMetadata`].
+    FileOpened = 0x51, FromGuest;
+    /// Raw bytes of a file.
+    FileData = 0x52, Both;
+    /// A hole in a file: [`crate::message::FileHole`].
+    FileHole = 0x53, Both;
+    /// Some of a directory: [`crate::message::FileEntries`].
+    FileEntries = 0x54, FromGuest;
+    /// All bytes of the file to be written were sent. No payload.
+    FileEnd = 0x55, ToGuest;
+    /// Nobody wants it any more. No payload.
+    FileCancel = 0x56, ToGuest;
+    /// It was done; ends the session: [`crate::message::FileDone`].
+    FileDone = 0x57, Ends;
+    /// It could not be done; ends the session: [`crate::message::FileFailed`].
+    FileFailed = 0x58, Ends;
+
     /// An event for the guest's processes: one line of JSON, without its newline. The session is this one question.
     Emit = 0x60, Opens;
     /// The agent has it for those who listen; ends the session. No payload.

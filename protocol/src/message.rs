@@ -4,12 +4,17 @@
 //! their field's name says. Enumerations only grow at the end, with a new protocol version.
 
 mod events;
+mod files;
 mod metrics;
 mod network;
 
 use serde::{Deserialize, Serialize};
 
 pub use events::*;
+pub use files::{
+    FileAttributes, FileDone, FileEntries, FileEntry, FileFailed, FileHole, FileMetadata, FileRequest,
+    FileTime, PathBytes, WriteHow,
+};
 pub use metrics::*;
 pub use network::{Network, Subnet};
 

@@ -133,12 +133,65 @@ fn events_and_metrics_have_their_golden_bytes() {
 }
 
 #[test]
+fn messages_about_files_have_their_golden_bytes() {
+    let path = || PathBytes(b"/\xff".to_vec());
+    let request = |request: FileRequest, golden: &[u8]| pinned(Kind::FileRequest, &request, golden);
+    request(FileRequest::Stat { path: path(), follow: true }, &[0, 2, b'/', 0xff, 1]);
+    request(FileRequest::List { path: path() }, &[1, 2, b'/', 0xff]);
+    request(
+        FileRequest::Read { path: path(), offset: 300, length: Some(7) },
+        &[2, 2, b'/', 0xff, 251, 44, 1, 1, 7],
+    );
+    let times = (FileTime { seconds: -1, nanoseconds: 5 }, FileTime { seconds: 2, nanoseconds: 0 });
+    let attributes = FileAttributes { mode: Some(0o755), owner: Some((1, 2)), times: Some(times) };
+    let golden = [1, 251, 0xed, 1, 1, 1, 2, 1, 1, 5, 4, 0];
+    request(
+        FileRequest::Write { path: path(), how: WriteHow::Atomic, attributes, sync: true },
+        &[&[3, 2, b'/', 0xff, 3][..], &golden, &[1]].concat(),
+    );
+    request(FileRequest::MakeDirectory { path: path(), mode: None }, &[4, 2, b'/', 0xff, 0]);
+    request(FileRequest::Remove { path: path(), all: true }, &[5, 2, b'/', 0xff, 1]);
+    request(FileRequest::Rename { from: path(), to: path() }, &[6, 2, b'/', 0xff, 2, b'/', 0xff]);
+    request(FileRequest::Copy { from: path(), to: path() }, &[7, 2, b'/', 0xff, 2, b'/', 0xff]);
+    request(FileRequest::Symlink { target: path(), path: path() }, &[8, 2, b'/', 0xff, 2, b'/', 0xff]);
+    request(FileRequest::ReadLink { path: path() }, &[9, 2, b'/', 0xff]);
+    let attributes = FileAttributes::default();
+    let set = FileRequest::SetAttributes { path: path(), follow: false, attributes };
+    request(set, &[10, 2, b'/', 0xff, 0, 0, 0, 0]);
+    let metadata = FileMetadata {
+        mode: 0o100_644,
+        size: 1,
+        allocated: 2,
+        uid: 3,
+        gid: 4,
+        links: 5,
+        inode: 6,
+        accessed: FileTime::default(),
+        modified: FileTime::default(),
+        changed: FileTime { seconds: 1, nanoseconds: 9 },
+    };
+    let golden = [251, 0xa4, 0x81, 1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 2, 9];
+    pinned(Kind::FileOpened, &metadata, &golden);
+    let entry = FileEntry { name: path(), metadata };
+    pinned(Kind::FileEntries, &FileEntries(vec![entry]), &[&[1, 2, b'/', 0xff][..], &golden].concat());
+    pinned(Kind::FileHole, &FileHole { bytes: 5 << 30 }, &[253, 0, 0, 0, 64, 1, 0, 0, 0]);
+    pinned(Kind::FileDone, &FileDone::Done, &[0]);
+    pinned(Kind::FileDone, &FileDone::Metadata(metadata), &[&[1][..], &golden].concat());
+    pinned(Kind::FileDone, &FileDone::Link(path()), &[2, 2, b'/', 0xff]);
+    pinned(Kind::FileFailed, &FileFailed { errno: 2, path: path() }, &[4, 2, b'/', 0xff]);
+}
+
+#[test]
 fn a_length_that_lies_is_an_error_and_allocates_nothing() {
     // A string that claims 4 GiB in a frame of six bytes.
     let lie = [253, 0, 0, 0, 0, 1, 0, 0, 0];
     assert!(matches!(decode::<ExecFailed>(&lie), Err(FrameError::Malformed { .. })));
     let lie = [0, 0, 253, 0xff, 0xff, 0xff, 0x7f, 0, 0, 0, 0];
     assert!(matches!(decode::<ExecFailed>(&lie), Err(FrameError::Malformed { .. })));
+    let lie = [4, 252, 0xff, 0xff, 0xff, 0xff, b'/'];
+    assert!(matches!(decode::<FileFailed>(&lie), Err(FrameError::Malformed { .. })));
+    let lie = [252, 0xff, 0xff, 0xff, 0xff, 1, b'/'];
+    assert!(matches!(decode::<FileEntries>(&lie), Err(FrameError::Malformed { .. })));
 }
 
 #[test]

@@ -202,12 +202,22 @@ impl Connection {
         kind: Kind,
         message: &impl Serialize,
     ) -> Result<Session, ConnectionError> {
+        self.begin_session(|id, out| encode(kind, id, message, out)).await
+    }
+
+    /// Opens a session with frames of any kind, all of them sent at once.
+    pub(crate) async fn begin_session(
+        self: &Arc<Self>,
+        frames: impl FnOnce(SessionId, &mut Vec<u8>) -> Result<(), FrameError>,
+    ) -> Result<Session, ConnectionError> {
         let (sender, incoming) = mpsc::unbounded_channel();
         let unread = Arc::<Unread>::default();
         let id = self.register(Route::Session(sender, unread.clone()));
         let out = SessionOut { connection: self.clone(), id };
         let session = Session { out, incoming, unread };
-        session.out.send(kind, message).await?;
+        let mut bytes = Vec::new();
+        frames(id, &mut bytes)?;
+        self.write(&bytes).await?;
         Ok(session)
     }
 
@@ -249,6 +259,13 @@ impl Session {
             None => Err(self.out.connection.wait_ended().await),
         }
     }
+
+    /// The next frame, if it has come already.
+    pub(crate) fn try_next(&mut self) -> Option<Incoming> {
+        let incoming = self.incoming.try_recv().ok()?;
+        self.unread.take(&incoming);
+        Some(incoming)
+    }
 }
 
 impl Drop for Session {
@@ -276,6 +293,24 @@ impl SessionOut {
         let mut out = Vec::new();
         encode_raw(kind, self.id, payload, &mut out)?;
         self.connection.write(&out).await
+    }
+
+    /// Sends frames of this session.
+    pub(crate) async fn send_frames(
+        &self,
+        frames: impl FnOnce(SessionId, &mut Vec<u8>) -> Result<(), FrameError>,
+    ) -> Result<(), ConnectionError> {
+        let mut out = Vec::new();
+        frames(self.id, &mut out)?;
+        self.connection.write(&out).await
+    }
+
+    /// Sends a frame without a payload, and waits for nothing.
+    pub(crate) fn push_raw(&self, kind: Kind) {
+        let mut out = Vec::new();
+        if encode_raw(kind, self.id, &[], &mut out).is_ok() {
+            let _ = self.connection.outbox.push(&out);
+        }
     }
 
     /// Sends a small message without waiting. If the connection has ended, whoever reads from it is told.

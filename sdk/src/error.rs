@@ -189,7 +189,27 @@ pub enum Error {
     /// The store of sandboxes.
     #[error(transparent)]
     Store(#[from] cubby_state::StoreError),
-    /// A file of the sandbox.
+    /// The guest's kernel has refused something about a file.
+    #[error("cannot {operation} {path:?} in the sandbox: {}", std::io::Error::from_raw_os_error(*errno))]
+    Fs {
+        /// What was asked for.
+        operation: &'static str,
+        /// The path that it was refused for.
+        path: PathBuf,
+        /// The error number that Linux has for it: 2 is ENOENT, as in `errno(3)`.
+        errno: i32,
+    },
+    /// The guest's agent has named a file in a way that no kernel does.
+    #[error(
+        "the sandbox lists {name:?} as a name in {directory:?}, which is none: something in there is up to no good"
+    )]
+    BadFileName {
+        /// Where.
+        directory: PathBuf,
+        /// What it said.
+        name: std::ffi::OsString,
+    },
+    /// A file of the sandbox, or one of this computer that is copied.
     #[error("{path}: {source}")]
     File {
         /// The file.

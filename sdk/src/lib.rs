@@ -29,6 +29,7 @@ mod context;
 mod error;
 mod events;
 mod exec;
+mod fs;
 mod host;
 mod images;
 mod input;
@@ -44,6 +45,9 @@ pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};
 pub use error::{Error, EventFault, ExecErrorKind, R};
 pub use events::{Event, EventStream, Subscription};
 pub use exec::{ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExitStatus};
+pub use fs::{
+    Copied, CopyOptions, DirEntry, DirReader, FileKind, FileReader, FileWriter, Fs, Metadata, WriteOptions,
+};
 pub use host::{HostReport, check_host, home};
 pub use images::Image;
 pub use input::ExecInput;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cubby_protocol::message::{Open, Reply, Request};
+use cubby_protocol::{FrameError, SessionId};
 use cubby_state::{Event, ExitReport, Record, RunId, SandboxName, Status};
 use tokio::sync::Mutex;
 
@@ -85,6 +86,19 @@ impl Link {
         match connection.open_session(open).await {
             Ok(session) => Ok(session),
             Err(error) => Err(self.lost(error, "exec").await),
+        }
+    }
+
+    /// Opens a session in the guest with frames of any kind, for `operation`.
+    pub(crate) async fn begin_session(
+        &self,
+        operation: &str,
+        frames: impl FnOnce(SessionId, &mut Vec<u8>) -> Result<(), FrameError>,
+    ) -> R<Session> {
+        let connection = self.connection(operation).await?;
+        match connection.begin_session(frames).await {
+            Ok(session) => Ok(session),
+            Err(error) => Err(self.lost(error, operation).await),
         }
     }
 

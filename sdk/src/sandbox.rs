@@ -16,6 +16,7 @@ use crate::connection::Connection;
 use crate::context::Context;
 use crate::error::{Error, R};
 use crate::exec::{ExecHandle, ExecOptions, ExecOutput};
+use crate::fs::Fs;
 use crate::launch::{BootPhase, find_runtime};
 use crate::link::Link;
 
@@ -365,6 +366,20 @@ impl Sandbox {
     /// Starts a script with the sandbox's shell, and returns at once.
     pub async fn shell_stream(&self, script: impl Into<String>) -> R<ExecHandle> {
         self.exec_stream(&*self.shell, ["-c".to_owned(), script.into()]).await
+    }
+
+    /// The guest's files.
+    ///
+    /// ```no_run
+    /// # async fn example(sandbox: cubbyhole::Sandbox) -> Result<(), cubbyhole::Error> {
+    /// let fs = sandbox.fs();
+    /// fs.write("/tmp/hello", "hello").await?;
+    /// assert_eq!(fs.read_to_string("/tmp/hello").await?, "hello");
+    /// fs.copy_out("/etc", "./etc-of-the-guest").await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn fs(&self) -> Fs {
+        Fs::new(self.link.clone())
     }
 
     async fn start_command(&self, program: String, options: ExecOptions) -> R<ExecHandle> {

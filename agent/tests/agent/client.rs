@@ -154,9 +154,14 @@ impl Client {
         self.stream.write_all(&bytes).unwrap();
     }
 
-    pub fn open(&mut self, open: &Open) -> SessionId {
-        let id = SessionId(self.next);
+    /// A session's number that was not used yet.
+    pub fn fresh(&mut self) -> SessionId {
         self.next += 1;
+        SessionId(self.next - 1)
+    }
+
+    pub fn open(&mut self, open: &Open) -> SessionId {
+        let id = self.fresh();
         self.waiting.insert(id, Outcome::default());
         self.send(Kind::Open, id, open);
         id

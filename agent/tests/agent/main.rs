@@ -10,5 +10,6 @@ mod client;
 mod end;
 mod events;
 mod exec;
+mod files;
 mod flow;
 mod robust;
