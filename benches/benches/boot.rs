@@ -80,6 +80,14 @@ async fn boot(image: &str, samples: &mut Samples) -> Result<(), Error> {
             samples.add("shell echo", shell_time);
         }
     }
+    for _ in 0..COMMANDS {
+        let (metrics, time) = timed(sandbox.metrics()).await;
+        metrics?;
+        samples.add("metrics", time);
+        let (emitted, time) = timed(sandbox.emit("event", "data")).await;
+        emitted?;
+        samples.add("emit", time);
+    }
     for _ in 0..PAUSES {
         let (paused, time) = timed(sandbox.pause()).await;
         paused?;
