@@ -91,6 +91,14 @@ async fn boot(image: &str, samples: &mut Samples) -> Result<(), Error> {
             samples.add("shell first byte", first_byte_time);
         }
     }
+    for _ in 0..COMMANDS {
+        let (metrics, time) = timed(sandbox.metrics()).await;
+        metrics?;
+        samples.add("metrics", time);
+        let (emitted, time) = timed(sandbox.emit("event", "data")).await;
+        emitted?;
+        samples.add("emit", time);
+    }
     for round in 0..=PAUSES {
         let (pause, resume) =
             if round == 0 { ("pause, first", "resume, first") } else { ("pause", "resume") };

@@ -423,6 +423,7 @@ fn write(socket: &mut UnixStream, bytes: &[u8], writable: &mut bool) -> Result<O
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cubby_vmm::devices::vsock::GuestCid;
 
     fn frame(kind: Kind, session: SessionId) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -464,6 +465,32 @@ mod tests {
             client.sessions.insert(SessionId(kind as u32), kind.role());
         }
         assert_eq!((client.sessions(), client.working()), (3, 2));
+    }
+
+    #[test]
+    fn to_look_at_a_sandbox_is_no_use_of_it() {
+        let mut vsock = Vsock::new(GuestCid::try_from(3).unwrap());
+        let mut client = Client::new(UnixStream::pair().unwrap().0);
+        let mut used = |gate: &Gate, kind: Kind, message: Option<Request>| {
+            let (mut bytes, session) = (Vec::new(), SessionId(kind as u32));
+            match message {
+                Some(request) => encode(kind, session, &request, &mut bytes).unwrap(),
+                None if kind == Kind::Hello => bytes.extend(Hello::OURS.to_frame()),
+                None => cubby_protocol::encode_raw(kind, session, &[], &mut bytes).unwrap(),
+            }
+            let header = Header::from_bytes(*bytes.first_chunk().unwrap()).unwrap();
+            client.on_application_frame(header, &bytes, &mut vsock, gate, &mut Vec::new()).unwrap();
+            (client.take_use(), client.sessions())
+        };
+        assert_eq!(used(&Gate::Open, Kind::Hello, None), (false, 0));
+        assert_eq!(used(&Gate::Open, Kind::Measure, None), (false, 0));
+        assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Status)), (false, 0));
+        assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Touch)), (true, 0));
+        assert_eq!(used(&Gate::Open, Kind::Ping, None), (true, 0));
+        assert_eq!(used(&Gate::Open, Kind::Subscribe, None), (true, 1));
+        let draining = Gate::Closed(Refused::Draining);
+        assert_eq!(used(&draining, Kind::Emit, None), (true, 1));
+        assert_eq!(used(&draining, Kind::Measure, None), (false, 1));
     }
 
     #[test]

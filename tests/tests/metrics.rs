@@ -87,12 +87,13 @@ async fn metrics_follow_what_a_guest_does() {
 #[tokio::test]
 async fn looking_at_a_sandbox_is_no_use_of_it() {
     let name = name("watched");
-    let sandbox = within("create", builder(&name).idle_timeout(1).create()).await.unwrap();
+    let sandbox = within("create", builder(&name).idle_timeout(3).create()).await.unwrap();
     // Asked again and again, it is idle nevertheless.
+    let mut asked = 0;
     let idle = async {
         loop {
             match sandbox.metrics().await {
-                Ok(_) => {}
+                Ok(_) => asked += 1,
                 Err(Error::Ended { report, .. }) => return report.reason,
                 Err(Error::InvalidState { .. }) => return sandbox.wait().await.unwrap().reason,
                 Err(error) => panic!("{error}"),
@@ -100,6 +101,7 @@ async fn looking_at_a_sandbox_is_no_use_of_it() {
         }
     };
     assert_eq!(within("the idle time-out", idle).await, ExitReason::IdleTimeout);
+    assert!(asked > 2, "it was asked {asked} times");
     Sandbox::remove(&name).await.unwrap();
     // And one that drains can be looked at.
     let sandbox = cubby_tests::sandbox("draining").await;
