@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use cubby_network_policy::{Direction, Protocol};
@@ -32,7 +32,7 @@ enum Via {
     /// Its own, connected.
     Own(UdpSocket),
     /// A published port's, and who sends to it.
-    Published(Rc<UdpSocket>, SocketAddr),
+    Published(Arc<UdpSocket>, SocketAddr),
 }
 
 #[derive(Debug)]
@@ -195,7 +195,7 @@ impl Flows {
     /// A datagram from somebody who uses a published port.
     pub(crate) fn receive_for_port(
         &mut self,
-        socket: &Rc<UdpSocket>,
+        socket: &Arc<UdpSocket>,
         client: SocketAddr,
         port: u16,
         payload: &[u8],
@@ -204,7 +204,7 @@ impl Flows {
     ) {
         let like = client.ip().to_canonical();
         let (guest, gateway) = (shared.link.guest(like), shared.link.gateway(like));
-        let same = |flow: &Flow| matches!(&flow.via, Via::Published(other, from) if Rc::ptr_eq(other, socket) && *from == client);
+        let same = |flow: &Flow| matches!(&flow.via, Via::Published(other, from) if Arc::ptr_eq(other, socket) && *from == client);
         // Flows are few and a client's next datagram is likely about the last flow: a walk is enough.
         let known = self.flows.iter_mut().find_map(|(id, flow)| same(flow).then_some(id));
         let id = match known {

@@ -7,7 +7,7 @@
 use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use cubby_network_policy::{Direction, Protocol};
@@ -25,7 +25,7 @@ const BATCH: usize = 64;
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpListener),
-    Udp(Rc<UdpSocket>),
+    Udp(Arc<UdpSocket>),
 }
 
 #[derive(Debug)]
@@ -142,7 +142,7 @@ fn open(published: PublishedPort, index: usize, shared: &Shared) -> io::Result<P
             socket.set_nonblocking(true)?;
             shared.watch(&socket, token)?;
             let host = socket.local_addr()?;
-            (Socket::Udp(Rc::new(socket)), host)
+            (Socket::Udp(Arc::new(socket)), host)
         }
     };
     Ok(Port { socket, published: PublishedPort { host, ..published }, more: None })

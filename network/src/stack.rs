@@ -1,6 +1,7 @@
 //! The stack as its owner sees it: frames in, frames out, one descriptor to watch, one deadline.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Instant, SystemTime};
@@ -62,9 +63,10 @@ pub struct Stack {
     ports: Ports,
     dns: Resolver,
     pcap: Option<Pcap>,
-    events: Vec<epoll::Event>,
     /// Headers of the frame that was given out last.
     head: Vec<u8>,
+    /// A frame that has been looked at and not yet given out.
+    staged: Option<(Next, Offload)>,
     /// Whose turn it is among those that have frames for the guest.
     flows_first: bool,
 }
@@ -89,8 +91,8 @@ impl Stack {
             flows: Flows::new(),
             ports,
             pcap: None,
-            events: Vec::with_capacity(BATCH),
             head: Vec::new(),
+            staged: None,
             flows_first: false,
         })
     }
@@ -237,25 +239,48 @@ impl Stack {
     /// Whether [`Stack::receive`] may have a frame.
     #[must_use]
     pub fn has_frames(&self) -> bool {
-        self.shared.has_replies() || self.tcp.is_due() || self.flows.is_due()
+        self.staged.is_some() || self.shared.has_replies() || self.tcp.is_due() || self.flows.is_due()
+    }
+
+    /// How long the next frame for the guest is, in bytes, if there is one. Until [`Stack::receive`] it stays the next, whatever
+    /// else is called; only that connections and flows may end, and their frames with them.
+    pub fn next_len(&mut self, now: Instant) -> Option<usize> {
+        loop {
+            let next = match self.staged.take() {
+                Some(next) => next,
+                None => self.next_frame(now)?,
+            };
+            let payload = self.payload(&next.0).map(|(first, second)| first.len() + second.len());
+            if let Some(payload) = payload {
+                self.staged = Some(next);
+                return Some(self.head.len() + payload);
+            }
+        }
     }
 
     /// The next frame for the guest. It is to be called when the guest has a buffer for it: what is given out is gone, and what is
     /// not asked for stays in the host's sockets.
     pub fn receive(&mut self, now: Instant) -> Option<Frame<'_>> {
-        let (next, offload) = self.next_frame(now)?;
-        let payload = match &next {
-            Next::Head => Default::default(),
-            Next::Tcp(due) => self.tcp.payload(due),
-            Next::Datagram => (self.flows.payload(), [].as_slice()),
-        };
-        let frame = Frame::new(&self.head, payload, offload);
+        let len = self.next_len(now)?;
         self.shared.counters.frames_out += 1;
-        self.shared.counters.bytes_out += u64::try_from(frame.len()).unwrap_or(u64::MAX);
-        if let Some(pcap) = &mut self.pcap {
-            pcap.write(&frame.pieces(), SystemTime::now());
+        self.shared.counters.bytes_out += u64::try_from(len).unwrap_or(u64::MAX);
+        let (next, offload) = self.staged.take()?;
+        if let Some(mut pcap) = self.pcap.take() {
+            if let Some((first, second)) = self.payload(&next) {
+                pcap.write(&[&self.head, first, second], SystemTime::now());
+            }
+            self.pcap = Some(pcap);
         }
-        Some(frame)
+        Some(Frame::new(&self.head, self.payload(&next)?, offload))
+    }
+
+    /// What comes behind the headers; `None` if it is gone.
+    fn payload(&self, next: &Next) -> Option<(&[u8], &[u8])> {
+        match next {
+            Next::Head => Some((&[], &[])),
+            Next::Tcp(due) => self.tcp.payload(due),
+            Next::Datagram => Some((self.flows.payload(), &[])),
+        }
     }
 
     fn next_frame(&mut self, now: Instant) -> Option<(Next, Offload)> {
@@ -288,12 +313,14 @@ impl Stack {
     /// # Errors
     /// Those of `epoll_wait`, which a working host does not give.
     pub fn on_ready(&mut self, now: Instant) -> io::Result<()> {
-        let mut events = std::mem::take(&mut self.events);
-        events.clear();
+        let mut room = [const { MaybeUninit::uninit() }; BATCH];
         let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let waited =
-            epoll::wait(self.shared.epoll(), rustix::buffer::spare_capacity(&mut events), Some(&zero));
-        for event in &events {
+        let events = match epoll::wait(self.shared.epoll(), &mut room, Some(&zero)) {
+            Ok((events, _)) => events,
+            Err(Errno::INTR) => &mut [],
+            Err(errno) => return Err(errno.into()),
+        };
+        for event in events {
             let flags = event.flags;
             let hung_up = flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
             let ready = Ready {
@@ -309,13 +336,9 @@ impl Stack {
                 Token::Lookup(id) => self.dns.on_ready(id, &mut self.shared, now),
             }
         }
-        self.events = events;
         self.ports.take(&mut self.tcp, &mut self.flows, &mut self.shared, now);
         self.answer_names(now);
-        match waited {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        Ok(())
     }
 
     /// When [`Stack::on_time`] is to be called; it changes with every other call. A time that has passed means at
@@ -345,6 +368,12 @@ impl std::fmt::Debug for Stack {
         f.debug_struct("Stack").field("counters", &self.counters()).finish_non_exhaustive()
     }
 }
+
+// Whoever drives it may run on a thread of its own.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Stack>();
+};
 
 /// The descriptor to watch for reading (level-triggered): an epoll instance with all sockets of the stack in it.
 impl AsFd for Stack {

@@ -215,6 +215,43 @@ fn a_guest_that_sends_what_the_host_does_not_read_takes_bounded_memory() {
 }
 
 #[test]
+fn a_frame_that_waits_stays_the_next_until_its_connection_ends() {
+    let link = addresses();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = host(listener.local_addr().unwrap().port());
+    let mut guest = Guest::new(all());
+    let now = Instant::now();
+    let syn = wire::syn(&link, 1, (to.ip(), to.port()), 7);
+    guest.stack.transmit(&syn, &Offload::default(), now);
+    // It is looked at, and meanwhile something else has come.
+    let mut len = None;
+    while len.is_none() {
+        guest.stack.on_ready(now).unwrap();
+        len = guest.stack.next_len(now);
+    }
+    guest.stack.transmit(
+        &wire::echo(&link, link.gateway_v4.into(), 1, 1, &[0; 300]),
+        &Offload::default(),
+        now,
+    );
+    assert_eq!(guest.stack.next_len(now), len);
+    let frame = guest.stack.receive(now).unwrap().to_vec();
+    assert_eq!(Some(frame.len()), len);
+    assert!(matches!(read(&link, &frame), Seen::SynAck { .. }));
+    assert!(matches!(read(&link, &guest.frames()[0]), Seen::Echo { .. }));
+
+    // What waits for a connection that has ended is not given out any more, but the reset is.
+    guest.stack.transmit(&wire::syn(&link, 2, (to.ip(), to.port()), 7), &Offload::default(), now);
+    while guest.stack.next_len(now).is_none() {
+        guest.stack.on_ready(now).unwrap();
+    }
+    guest.stack.set_policy(NetworkPolicy::none(), now);
+    let rest: Vec<_> = guest.frames().iter().map(|frame| read(&link, frame)).collect();
+    assert_eq!(rest.len(), 2, "{rest:?}");
+    assert!(rest.iter().all(|frame| matches!(frame, Seen::Reset { .. })), "{rest:?}");
+}
+
+#[test]
 fn a_record_has_every_frame() {
     let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
     let link = addresses();

@@ -293,6 +293,15 @@ impl Endpoint {
         self.sending.slices(segment.offset, segment.len)
     }
 
+    /// The same at a later time; `None` if the guest has acknowledged some of it.
+    pub(crate) fn still_payload(&self, segment: &Outgoing) -> Option<(&[u8], &[u8])> {
+        if segment.len == 0 {
+            return Some((&[], &[]));
+        }
+        let gone = segment.seq.is_before(self.una);
+        (!gone).then(|| self.sending.slices(segment.seq.since(self.una), segment.len))
+    }
+
     /// When [`Endpoint::on_time`] is to be called.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.deadline

@@ -29,6 +29,7 @@ const ENOUGH: usize = 256 << 10;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Due {
     id: usize,
+    serial: u64,
     segment: Outgoing,
     pub(crate) offload: Offload,
 }
@@ -381,7 +382,7 @@ impl Table {
             let due = segment.map(|segment| {
                 let payload = connection.near.payload(&segment);
                 let offload = emit::tcp(head, &shared.link, ends, &segment, payload, mss, shared.offloads);
-                Due { id, segment, offload }
+                Due { id, serial: connection.serial, segment, offload }
             });
             self.settle(id, shared);
             // Settling may have ended it, with what the segment was to carry.
@@ -392,9 +393,10 @@ impl Table {
         None
     }
 
-    /// What the segment carries, until anything else is done.
-    pub(crate) fn payload(&self, due: &Due) -> (&[u8], &[u8]) {
-        self.connections.get(due.id).map(|it| it.near.payload(&due.segment)).unwrap_or_default()
+    /// What the segment carries; `None` if its connection is over, or the guest has acknowledged it by now.
+    pub(crate) fn payload(&self, due: &Due) -> Option<(&[u8], &[u8])> {
+        let connection = self.connections.get(due.id).filter(|connection| connection.serial == due.serial)?;
+        connection.near.still_payload(&due.segment)
     }
 
     /// When [`Table::on_time`] is to be called.
