@@ -249,6 +249,7 @@ impl Client {
             Kind::Pong if on_connection => {}
             Kind::Fatal => return Err(Drop::Gone),
             Kind::Open if !on_connection => self.open(id, &decode(payload)?, shared),
+            Kind::Abandon if !on_connection => self.abandon(id, shared),
             Kind::Stdin | Kind::StdinClose | Kind::Signal | Kind::Resize | Kind::Credit if !on_connection => {
                 self.on_session_frame(kind, id, payload)?;
             }
@@ -328,6 +329,14 @@ impl Client {
                 }
             }
             Err(failed) => self.output.message(Kind::Failed, id, &failed),
+        }
+    }
+
+    /// One session is treated as all are when the client is gone.
+    fn abandon(&mut self, id: SessionId, shared: &mut Shared) {
+        if let Some(mut session) = self.sessions.remove(&id) {
+            session.abandon();
+            shared.sessions -= 1;
         }
     }
 

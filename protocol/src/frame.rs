@@ -111,6 +111,14 @@ kinds! {
     Resize = 0x4a, ToGuest;
     /// The receiver of bulk data is ready for more: [`crate::message::Credit`].
     Credit = 0x4b, Both;
+    /// Application to sandbox process: opens a session that is another way into a detached one:
+    /// [`crate::message::Attach`]. Its answers are those to an [`Kind::Open`].
+    Attach = 0x4c, Call;
+    /// The application gives the session up: its command is killed, and nothing of it follows. A session that was opened by
+    /// [`Kind::Attach`] ends alone. No payload.
+    Abandon = 0x4d, ToGuest;
+    /// Sandbox process to application, after its Hello: [`crate::message::Welcome`].
+    Welcome = 0x4e, Call;
 }
 
 impl Kind {

@@ -5,6 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
+mod sessions;
+
+pub use sessions::{Attach, SessionEnd, SessionInfo, Welcome};
+
 /// Payload of [`crate::Kind::Fatal`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fatal {
@@ -189,6 +193,13 @@ pub enum Request {
     Detach,
     /// Count as activity.
     Touch,
+    /// Which sessions there are.
+    Sessions,
+    /// Let a session of this connection go on without it; what it sends after the answer is nobody's or who attaches.
+    DetachSession {
+        /// Its number.
+        session: u32,
+    },
 }
 
 /// Payload of [`crate::Kind::Reply`].
@@ -202,6 +213,8 @@ pub enum Reply {
     Refused(Refused),
     /// Tried, and failed.
     Failed(String),
+    /// Answers [`Request::Sessions`], in the order of their numbers.
+    Sessions(Vec<SessionInfo>),
 }
 
 /// The sandbox process's own view of its state.
@@ -234,6 +247,18 @@ pub enum Refused {
         /// How many that is.
         max: u32,
     },
+    /// There is no session of this number, or none that is remembered.
+    NoSuchSession {
+        /// The number.
+        session: u32,
+    },
+    /// The session belongs to the connection that opened it.
+    NotDetached {
+        /// Its number.
+        session: u32,
+    },
+    /// The guest sent more than the session's window allows.
+    Overrun,
 }
 
 /// Payload of [`crate::Kind::Open`]: a command to run.

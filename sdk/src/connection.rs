@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use cubby_protocol::message::{Fatal, Reply, Request};
+use cubby_protocol::message::{Attach, Fatal, Reply, Request, Welcome};
 use cubby_protocol::{
     Decoder, Frame, FrameError, Hello, INITIAL_WINDOW, Kind, SessionId, decode, encode, encode_raw,
 };
@@ -66,6 +66,8 @@ impl From<Fatal> for ConnectionError {
 pub(crate) struct Connection {
     outbox: Outbox,
     routes: Arc<Routes>,
+    /// The sessions' numbers, and the next of them.
+    numbers: Welcome,
     next_session: AtomicU32,
     ended: watch::Receiver<Option<ConnectionError>>,
     reader: tokio::task::JoinHandle<()>,
@@ -123,7 +125,7 @@ impl Connection {
         // Whoever turns us away says why and closes, perhaps before this is written: what was said counts.
         let written = writer.write_all(&Hello::OURS.to_frame()).await;
         let mut decoder = Decoder::default();
-        greet(&mut reader, &mut decoder).await?;
+        let numbers = greet(&mut reader, &mut decoder).await?;
         written?;
         let routes = Arc::new(Routes::default());
         let (report, ended) = watch::channel(None);
@@ -136,7 +138,8 @@ impl Connection {
                 routes.lock().clear();
             }
         });
-        Ok(Self { outbox: Outbox::new(writer), routes, next_session: AtomicU32::new(1), ended, reader })
+        let next_session = AtomicU32::new(numbers.first);
+        Ok(Self { outbox: Outbox::new(writer), routes, numbers, next_session, ended, reader })
     }
 
     /// Why the connection ended, if it has.
@@ -184,19 +187,35 @@ impl Connection {
         self: &Arc<Self>,
         message: &impl Serialize,
     ) -> Result<Session, ConnectionError> {
+        self.open_session_by(Kind::Open, message).await
+    }
+
+    /// Opens another way into a detached session of the sandbox.
+    pub(crate) async fn attach(self: &Arc<Self>, session: u32) -> Result<Session, ConnectionError> {
+        self.open_session_by(Kind::Attach, &Attach { session }).await
+    }
+
+    async fn open_session_by(
+        self: &Arc<Self>,
+        kind: Kind,
+        message: &impl Serialize,
+    ) -> Result<Session, ConnectionError> {
         let (sender, incoming) = mpsc::unbounded_channel();
         let unread = Arc::<Unread>::default();
         let id = self.register(Route::Session(sender, unread.clone()));
         let out = SessionOut { connection: self.clone(), id };
         let session = Session { out, incoming, unread };
-        session.out.send(Kind::Open, message).await?;
+        session.out.send(kind, message).await?;
         Ok(session)
     }
 
     fn register(&self, route: Route) -> SessionId {
         let mut routes = self.routes.lock();
         loop {
-            let id = SessionId(self.next_session.fetch_add(1, Ordering::Relaxed));
+            let id = SessionId(self.next_session.load(Ordering::Relaxed));
+            // Once they are used up they begin again; nobody changes the next one without the routes.
+            let next = id.0.checked_add(self.numbers.step).unwrap_or(self.numbers.first);
+            self.next_session.store(next, Ordering::Relaxed);
             if id != SessionId::CONNECTION && !routes.contains_key(&id) {
                 routes.insert(id, route);
                 return id;
@@ -248,6 +267,11 @@ pub(crate) struct SessionOut {
 }
 
 impl SessionOut {
+    /// The connection that it is on.
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     pub(crate) async fn send(&self, kind: Kind, message: &impl Serialize) -> Result<(), ConnectionError> {
         let mut out = Vec::new();
         encode(kind, self.id, message, &mut out)?;
@@ -260,6 +284,14 @@ impl SessionOut {
         self.connection.write(&out).await
     }
 
+    /// Gives the session up without waiting.
+    pub(crate) fn abandon(&self) {
+        let mut out = Vec::new();
+        if encode_raw(Kind::Abandon, self.id, &[], &mut out).is_ok() {
+            let _ = self.connection.outbox.push(&out);
+        }
+    }
+
     /// Sends a small message without waiting. If the connection has ended, whoever reads from it is told.
     pub(crate) fn push(&self, kind: Kind, message: &impl Serialize) {
         let mut out = Vec::new();
@@ -269,22 +301,30 @@ impl SessionOut {
     }
 }
 
-/// Reads up to and including the peer's Hello.
-async fn greet(reader: &mut OwnedReadHalf, decoder: &mut Decoder) -> Result<(), ConnectionError> {
+/// Reads up to and including the peer's welcome.
+async fn greet(reader: &mut OwnedReadHalf, decoder: &mut Decoder) -> Result<Welcome, ConnectionError> {
+    let mut greeted = false;
     loop {
-        if let Some(frame) = decoder.next_frame()? {
-            return match frame.header.kind {
-                Kind::Hello => match Hello::from_payload(frame.payload())?.agree() {
-                    Ok(_) => Ok(()),
-                    Err(mismatch) => {
-                        Err(ConnectionError::Version { ours: mismatch.ours, theirs: mismatch.theirs })
-                    }
-                },
-                Kind::Fatal => Err(decode::<Fatal>(frame.payload())?.into()),
-                kind => Err(ConnectionError::Refused(format!("it began with {kind:?}"))),
-            };
+        let Some(frame) = decoder.next_frame()? else {
+            fill(reader, decoder).await?;
+            continue;
+        };
+        match frame.header.kind {
+            Kind::Hello if !greeted => {
+                let agreed = Hello::from_payload(frame.payload())?.agree();
+                agreed.map_err(|mismatch| ConnectionError::Version {
+                    ours: mismatch.ours,
+                    theirs: mismatch.theirs,
+                })?;
+                greeted = true;
+            }
+            Kind::Welcome if greeted => {
+                let welcome: Welcome = decode(frame.payload())?;
+                return Ok(Welcome { step: welcome.step.max(1), ..welcome });
+            }
+            Kind::Fatal => return Err(decode::<Fatal>(frame.payload())?.into()),
+            kind => return Err(ConnectionError::Refused(format!("it began with {kind:?}"))),
         }
-        fill(reader, decoder).await?;
     }
 }
 

@@ -30,9 +30,11 @@ mod host;
 mod input;
 mod launch;
 mod link;
+mod logs;
 mod outbox;
 mod reaper;
 mod sandbox;
+mod sessions;
 
 pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};
 pub use error::{Error, ExecErrorKind, R};
@@ -40,7 +42,9 @@ pub use exec::{ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExitStatus};
 pub use host::{HostReport, check_host, home};
 pub use input::ExecInput;
 pub use launch::BootPhase;
+pub use logs::{LogLine, LogOptions, LogSource};
 pub use sandbox::{Inspection, Sandbox, SandboxHandle};
+pub use sessions::{SessionEnd, SessionInfo};
 
 pub use cubby_image::Progress as ImageProgress;
 pub use cubby_state::{ExitReason, ExitReport, ImageDefaults, Mistake, SandboxConfig, Status};

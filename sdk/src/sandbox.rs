@@ -24,10 +24,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const BOOT_TIMEOUT_MS: u64 = 120_000;
 
 /// A sandbox. Clones share one connection; dropping all of them ends the connection, and with it the commands
-/// they started, but not the sandbox.
+/// they started and have not detached, but not the sandbox.
 #[derive(Clone)]
 pub struct Sandbox {
-    link: Arc<Link>,
+    pub(crate) link: Arc<Link>,
     boot: Arc<[BootPhase]>,
     shell: Arc<str>,
 }
