@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 
 use super::CUBBY;
 
-fn command(arguments: &[&str]) -> Command {
+pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(CUBBY);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.kill_on_drop(true);
@@ -27,7 +27,7 @@ fn command(arguments: &[&str]) -> Command {
 }
 
 /// Runs the command to its end.
-async fn cubby(arguments: &[&str]) -> Output {
+pub async fn cubby(arguments: &[&str]) -> Output {
     within(&arguments.join(" "), command(arguments).output()).await.unwrap()
 }
 
@@ -41,17 +41,17 @@ async fn cubby_reading(arguments: &[&str], input: &[u8]) -> Output {
     within(&arguments.join(" "), async { tokio::join!(child.wait_with_output(), write) }).await.0.unwrap()
 }
 
-fn text(bytes: &[u8]) -> &str {
+pub fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
 /// What a command printed that had to go well.
-fn printed(output: &Output) -> &str {
+pub fn printed(output: &Output) -> &str {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     text(&output.stdout)
 }
 
-fn assert_ended(output: &Output, code: i32) {
+pub fn assert_ended(output: &Output, code: i32) {
     assert_eq!(output.status.code(), Some(code), "{:?} {}", output.status, text(&output.stderr));
 }
 
@@ -241,7 +241,7 @@ async fn an_interrupt_is_the_commands_and_a_second_one_kills() {
 }
 
 /// A terminal with the command on it, and what it shows.
-struct Terminal {
+pub struct Terminal {
     ours: OwnedFd,
     keys: File,
     shown: String,
@@ -250,7 +250,7 @@ struct Terminal {
 }
 
 impl Terminal {
-    fn start(arguments: &[&str], rows: u16, columns: u16) -> Self {
+    pub fn start(arguments: &[&str], rows: u16, columns: u16) -> Self {
         let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&ours).unwrap();
         unlockpt(&ours).unwrap();
@@ -284,7 +284,7 @@ impl Terminal {
         Self { ours, keys, shown: String::new(), screen, child }
     }
 
-    fn type_in(&mut self, keys: &str) {
+    pub fn type_in(&mut self, keys: &str) {
         self.keys.write_all(keys.as_bytes()).unwrap();
     }
 
@@ -303,15 +303,33 @@ impl Terminal {
         }
     }
 
-    fn expect(&mut self, text: &str) {
+    pub fn expect(&mut self, text: &str) {
         assert!(self.see(text, BOUND), "{text:?} was not shown, but {:?}", self.shown);
     }
 
-    fn modes(&self) -> Termios {
+    /// What is shown up to the end of the line.
+    pub fn line(&mut self) -> String {
+        let mut line = String::new();
+        while !line.ends_with('\n') {
+            if self.shown.is_empty() {
+                let bytes = self.screen.recv_timeout(BOUND).expect("a line");
+                self.shown.push_str(&String::from_utf8_lossy(&bytes));
+            }
+            line.extend((!self.shown.is_empty()).then(|| self.shown.remove(0)));
+        }
+        line
+    }
+
+    /// Whether the command has not ended.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub fn modes(&self) -> Termios {
         tcgetattr(&self.ours).unwrap()
     }
 
-    async fn end(mut self) -> Option<i32> {
+    pub async fn end(mut self) -> Option<i32> {
         within("the end", self.child.wait()).await.unwrap().code()
     }
 }
@@ -322,7 +340,7 @@ fn resize(terminal: impl AsFd, rows: u16, columns: u16) {
 }
 
 /// What of a terminal's modes a program changes.
-fn flags(modes: &Termios) -> String {
+pub fn flags(modes: &Termios) -> String {
     format!("{:?} {:?} {:?}", modes.input_modes, modes.output_modes, modes.local_modes)
 }
 

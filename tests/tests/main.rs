@@ -7,6 +7,7 @@ mod bad_input;
 mod boot;
 mod chaos;
 mod cli;
+mod cli_sessions;
 mod crash;
 mod endurance;
 mod exec;
@@ -14,9 +15,11 @@ mod flow;
 mod host;
 mod image;
 mod lockin;
+mod logs;
 mod many;
 mod processes;
 mod seed;
+mod sessions;
 mod tidy;
 
 /// The other program (`src/bin/client/main.rs`).
