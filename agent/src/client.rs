@@ -293,6 +293,7 @@ impl Client {
                 self.subscriptions.on_credit(id, decode::<Credit>(payload)?.bytes);
             }
             Kind::Measure if !on_connection => self.output.message(Kind::Measured, id, &metrics::measure()),
+            Kind::Abandon if !on_connection => self.abandon(id, shared)?,
             Kind::Stdin | Kind::StdinClose | Kind::Signal | Kind::Resize | Kind::Credit if !on_connection => {
                 self.on_session_frame(kind, id, payload)?;
             }
@@ -426,6 +427,19 @@ impl Client {
             }
             Err(failed) => self.output.message(Kind::Failed, id, &failed),
         }
+    }
+
+    /// One session is treated as all are when the client is gone.
+    fn abandon(&mut self, id: SessionId, shared: &mut Shared) -> Result<(), Drop> {
+        if let Some(mut session) = self.sessions.remove(&id) {
+            session.abandon();
+            shared.sessions -= 1;
+        } else if self.subscriptions.close(id) {
+            shared.sessions -= 1;
+        } else if self.files.has(id) {
+            self.on_file_frame(Kind::FileCancel, id, &[], shared)?;
+        }
+        Ok(())
     }
 
     fn start(&mut self, id: SessionId, open: &Open, shared: &mut Shared) -> Result<i32, ExecFailed> {

@@ -180,7 +180,11 @@ impl Server {
             Token::Events => self.shared.events.accept(&self.shared.epoll),
             Token::Guest(number) => self.shared.events.on_event(number, flags),
             // While the guest shuts down, the last thread may be what it waits for.
-            Token::Files => return self.on_files() && self.stopping.is_some(),
+            Token::Files => {
+                if self.on_files() && self.stopping.is_some() {
+                    return Sign::Ended;
+                }
+            }
         }
         Sign::None
     }

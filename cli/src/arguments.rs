@@ -6,12 +6,14 @@ mod unsupported;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::amount::{duration, mebibytes, seconds};
+use crate::keys::DetachKeys;
+use crate::sessions::{Tail, since};
 
 pub use env::{Variable, VariableFile};
 pub use kept::{Filter, Images, List, Prune, PullImage};
@@ -109,6 +111,18 @@ pub enum Command {
     /// List all sandboxes: as ps -a
     #[command(visible_alias = "list")]
     Ls(List),
+    /// List the commands that run in a sandbox, and detached ones that have ended
+    Sessions {
+        /// The sandbox
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Join a detached command: its output, its input, its end
+    Attach(Attach),
+    /// Print what the commands and the console of a sandbox have written
+    Logs(Logs),
     /// Print all that is kept about sandboxes, as JSON
     Inspect {
         /// The sandboxes
@@ -245,6 +259,9 @@ pub struct Create {
 pub struct Exec {
     #[command(flatten)]
     pub streams: StreamOptions,
+    /// Let the command go on by itself, and print the number of its session
+    #[arg(short, long)]
+    pub detach: bool,
     #[command(flatten)]
     pub own: CommandOptions,
     /// End the command when it runs longer than this
@@ -278,8 +295,49 @@ pub struct Cp {
     pub to: OsString,
 }
 
+/// `cubby attach`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  cubby attach box 17\n\nThe keys ctrl-p ctrl-q leave a terminal, and its command runs on."
+)]
+pub struct Attach {
+    /// The sandbox
+    pub name: String,
+    /// The session; may be left out if only one is detached
+    pub session: Option<u32>,
+    /// Do not pass standard input on
+    #[arg(long)]
+    pub no_stdin: bool,
+    /// The keys that leave a terminal
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
+    pub detach_keys: DetachKeys,
+}
+
+/// `cubby logs`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  cubby logs -f box\n  cubby logs --tail 20 --since 10m --timestamps box")]
+pub struct Logs {
+    /// The sandbox
+    pub name: String,
+    /// Go on with what is written from now on, until the sandbox ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only so many of the newest lines
+    #[arg(short = 'n', long, value_name = "LINES", default_value = "all")]
+    pub tail: Tail,
+    /// Only what is newer: how long ago (10m), a moment (2026-01-31T12:00:00Z), or seconds since 1970
+    #[arg(long, value_name = "TIME", value_parser = since)]
+    pub since: Option<SystemTime>,
+    /// Print the time before each line
+    #[arg(short, long)]
+    pub timestamps: bool,
+    /// Only what this session has written
+    #[arg(long)]
+    pub session: Option<u32>,
+}
+
 /// Which of our streams the command gets.
-#[derive(Clone, Copy, Debug, Default, Args)]
+#[derive(Clone, Copy, Debug, Args)]
 pub struct StreamOptions {
     /// Pass standard input on
     #[arg(short, long)]
@@ -287,6 +345,9 @@ pub struct StreamOptions {
     /// Give the command a terminal
     #[arg(short, long)]
     pub tty: bool,
+    /// The keys that leave a terminal, while its command runs on
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
+    pub detach_keys: DetachKeys,
 }
 
 /// What both a sandbox and a single command can have.

@@ -67,6 +67,12 @@ pub fn complain(message: &str) {
     let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{head} {message}\n").as_bytes());
 }
 
+/// Says something that is no error.
+pub fn say(message: &str) {
+    // With standard error gone, there is nobody to tell.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{message}\n").as_bytes());
+}
+
 fn code(error: &Error) -> u8 {
     match error {
         Error::ExecFailed { kind: ExecErrorKind::NotFound, .. } => 127,
@@ -104,6 +110,12 @@ pub fn explain(error: &Error) -> String {
         Error::InvalidConfig(mistakes) => {
             mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
         }
+        Error::NoSuchSession { name, session } => {
+            format!("sandbox {name:?} has no session {session}: cubby sessions {name} shows those there are")
+        }
+        Error::NotDetached { name, session } => format!(
+            "session {session} of sandbox {name:?} is in the hands of who started it: its terminal can be left with ctrl-p ctrl-q"
+        ),
         Error::Process { name, why } if name.is_empty() => why.clone(),
         Error::HostUnsupported { .. } => format!("{error}; cubby doctor checks the rest"),
         Error::Timeout { what } => format!("{what:?} took longer than its time-out and was ended"),

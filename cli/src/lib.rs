@@ -1,7 +1,7 @@
 //! The `cubby` command: sandboxes for whoever knows docker and podman. A thin program on the public SDK: what it can
 //! do, any program can.
 //!
-//! `run`, `exec` and `shell` exit as the command in the sandbox did (128 and the signal's number for a signal); 124 is
+//! `run`, `exec`, `shell` and `attach` exit as the command in the sandbox did (128 and the signal's number for a signal); 124 is
 //! its time-out, 125 a failure of our own, 126 a command that cannot be executed, 127 one that is not there. All other
 //! commands exit with 0, with 1 if something of what was asked failed, and with 2 if it was not understood. Data goes
 //! to standard output, all else to standard error. Colour and progress are for terminals only; `NO_COLOR` is heeded.
@@ -14,6 +14,7 @@ mod doctor;
 mod events;
 mod failure;
 mod images;
+mod keys;
 mod lifecycle;
 mod list;
 mod manual;
@@ -23,6 +24,7 @@ mod progress;
 mod prune;
 mod run;
 mod session;
+mod sessions;
 mod stats;
 mod table;
 mod terminal;
@@ -77,6 +79,9 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Rm { names, force } => lifecycle::each(names, lifecycle::Operation::Remove { force }).await,
         Command::Ps(list) => list::list(list).await,
         Command::Ls(list) => list::list(List { all: true, ..list }).await,
+        Command::Sessions { name, json } => sessions::list(&name, json).await,
+        Command::Attach(attach) => sessions::attach(attach).await,
+        Command::Logs(logs) => sessions::logs(logs).await,
         Command::Inspect { names, .. } => list::inspect(names).await,
         Command::Events { name, event, .. } => events::events(&name, event.as_deref()).await,
         Command::Emit { name, event, data } => events::emit(&name, &event, &data).await,
@@ -105,6 +110,7 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
 /// The exit code of a command line that makes no sense. One that would have exited as another command does must not
 /// look as if that had.
 fn misunderstood(words: &[OsString]) -> u8 {
-    let runs = words.get(1).is_some_and(|word| ["run", "exec", "shell"].iter().any(|runs| word == runs));
+    let runs =
+        words.get(1).is_some_and(|word| ["run", "exec", "shell", "attach"].iter().any(|runs| word == runs));
     if runs { failure::OWN } else { 2 }
 }

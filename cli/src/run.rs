@@ -6,7 +6,8 @@ use cubbyhole::{Error, ImageDefaults, PullPolicy, Sandbox, SandboxBuilder, Statu
 use tokio_stream::{Stream, StreamExt};
 
 use crate::arguments::{CommandOptions, Create, Exec, Pull, Run, Settings, StreamOptions};
-use crate::failure::{Failure, complain, explain};
+use crate::failure::{Failure, complain, explain, say};
+use crate::keys::DetachKeys;
 use crate::output;
 use crate::progress::ProgressLine;
 use crate::session::{self, Ended, Job};
@@ -18,9 +19,7 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
     let image = words.next().unwrap_or_default();
     let arguments: Vec<String> = words.collect();
     if run.detach && (!arguments.is_empty() || run.entrypoint.is_some()) {
-        return Err(Failure::own(
-            "a command ends with the cubby that started it: leave the command away, and start it with cubby exec",
-        ));
+        return Err(Failure::own("run -d starts no command: leave it away, and start it with cubby exec -d"));
     }
     let (env, env_file) = (run.settings.command.env.clone(), run.settings.command.env_file.clone());
     let made = make(run.settings, &image, run.rm).await;
@@ -40,14 +39,17 @@ pub async fn run(run: Run) -> Result<u8, Failure> {
         session::run(&sandbox, Job { words, options, timeout: run.timeout, streams: run.streams }).await
     };
     let ended = ended.await;
-    match put_away(&sandbox, &ended).await {
+    let put_away = match ended {
+        // The sandbox goes on with its command.
+        Ok(Ended::Detached(_)) => sandbox.clone().detach().await,
+        _ => put_away(&sandbox, &ended).await,
+    };
+    match put_away {
         Ok(()) => {}
         // What the command did is the answer nevertheless.
         Err(error) => complain(&explain(&error)),
     }
-    match ended? {
-        Ended::Exited(code) | Ended::Abandoned(code) => Ok(code),
-    }
+    Ok(code(sandbox.name(), ended?))
 }
 
 /// Stops the sandbox of a `run`. One that has ended meanwhile is where it should be.
@@ -92,9 +94,11 @@ pub async fn exec(exec: Exec) -> Result<u8, Failure> {
     let name = words.next().unwrap_or_default();
     let sandbox = Sandbox::get(&name).await.map_err(|error| Failure::of_command(&error))?;
     let job = Job { words: words.collect(), options: exec.own, timeout: exec.timeout, streams: exec.streams };
-    match session::run(&sandbox, job).await? {
-        Ended::Exited(code) | Ended::Abandoned(code) => Ok(code),
+    if exec.detach {
+        let session = session::start_detached(&sandbox, job).await?;
+        return output::print(format!("{session}\n").as_bytes());
     }
+    Ok(code(&name, session::run(&sandbox, job).await?))
 }
 
 /// `cubby shell`: the sandbox's shell, on a terminal if there is one, else with a script as its input.
@@ -111,10 +115,19 @@ pub async fn shell(name: Option<String>) -> Result<u8, Failure> {
         words: vec![shell.unwrap_or_else(|| "/bin/sh".into())],
         options: CommandOptions::default(),
         timeout: None,
-        streams: StreamOptions { interactive: true, tty },
+        streams: StreamOptions { interactive: true, tty, detach_keys: DetachKeys::default() },
     };
-    match session::run(&sandbox, job).await? {
-        Ended::Exited(code) | Ended::Abandoned(code) => Ok(code),
+    Ok(code(&name, session::run(&sandbox, job).await?))
+}
+
+/// The exit code of what has ended. Of what goes on it is said where to find it.
+fn code(name: &str, ended: Ended) -> u8 {
+    match ended {
+        Ended::Exited(code) | Ended::Abandoned(code) => code,
+        Ended::Detached(session) => {
+            say(&format!("session {session} goes on: cubby attach {name} {session}"));
+            0
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! One command in a sandbox on this program's streams: bytes pass as they are, in both directions, and no faster than the
 //! slower side takes them; signals and sizes of the terminal are passed on; the exit code comes back.
 //!
-//! Output, input and signals do not wait for each other: three futures, of which the first to end is the end.
+//! Output, input and signals do not wait for each other: three futures, of which the first to end is the end. One that
+//! was left by its keys goes on in the sandbox, where others can join it.
 
-use std::convert::Infallible;
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::arguments::{CommandOptions, StreamOptions};
 use crate::failure::Failure;
+use crate::keys::{DetachKeys, Watch};
 use crate::output;
 use crate::terminal::{self, RawMode};
 
@@ -23,6 +24,9 @@ const SIGTERM: i32 = 15;
 
 /// How much standard input is read at once.
 const CHUNK: usize = 64 << 10;
+
+/// How long what was typed before leaving may take to be read.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// What is to run.
 pub struct Job {
@@ -43,6 +47,8 @@ pub enum Ended {
     Exited(u8),
     /// Nobody waits for the command any more; it may be there still.
     Abandoned(u8),
+    /// The command goes on by itself, as the session of this number.
+    Detached(u32),
 }
 
 /// What can be said to be wrong with the streams before anything is done.
@@ -55,26 +61,87 @@ pub fn check(streams: StreamOptions) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Runs a command to its end.
+/// Runs a command to its end, or until the keys are typed that let it go on by itself.
 pub async fn run(sandbox: &Sandbox, job: Job) -> Result<Ended, Failure> {
     check(job.streams)?;
+    let streams = job.streams;
+    on_terminal(streams, start(sandbox, job)).await
+}
+
+/// Starts a command that goes on by itself, and gives its session's number.
+pub async fn start_detached(sandbox: &Sandbox, job: Job) -> Result<u32, Failure> {
+    let failed = |error| Failure::of_command(&error);
+    let StreamOptions { interactive, tty, .. } = job.streams;
+    let mut handle = start(sandbox, job).await?;
+    if !(interactive || tty) {
+        handle.close_stdin().await.map_err(failed)?;
+    }
+    let session = handle.id();
+    handle.detach().await.map_err(failed)?;
+    Ok(session)
+}
+
+/// Joins a detached session.
+pub async fn join(
+    sandbox: &Sandbox,
+    session: u32,
+    tty: bool,
+    interactive: bool,
+    detach_keys: DetachKeys,
+) -> Result<Ended, Failure> {
+    // A command on a terminal can be looked at from none, and one on none has no keys to be left by.
+    let tty = tty && io::stdin().is_terminal();
+    let streams = StreamOptions { interactive, tty, detach_keys };
+    on_terminal(streams, async {
+        let handle = sandbox.attach(session).await.map_err(|error| Failure::of_command(&error))?;
+        if tty {
+            // What is on the terminal there is drawn again for ours.
+            let (rows, columns) = terminal::size_or_classic();
+            let input = handle.input();
+            tell(async move { input.resize(rows, columns).await });
+        }
+        Ok(handle)
+    })
+    .await
+}
+
+/// Carries a command on this program's streams, with its terminal in the mode for that.
+async fn on_terminal(
+    streams: StreamOptions,
+    starting: impl Future<Output = Result<ExecHandle, Failure>>,
+) -> Result<Ended, Failure> {
     let unusable = |error: io::Error| Failure::own(format!("the terminal cannot be used: {error}"));
     // Before the size is asked for, so that no change is missed.
     let signals = Signals::listen().map_err(unusable)?;
-    let StreamOptions { interactive, tty } = job.streams;
+    let StreamOptions { interactive, tty, .. } = streams;
     let raw = (interactive && tty).then(|| RawMode::enter(io::stdin())).transpose().map_err(unusable)?;
-    let ended = attach(sandbox, job, signals).await;
+    let ended = async {
+        let handle = starting.await?;
+        carry(handle, signals, streams).await
+    };
+    let ended = ended.await;
     drop(raw);
     ended
 }
 
-async fn attach(sandbox: &Sandbox, job: Job, signals: Signals) -> Result<Ended, Failure> {
-    let StreamOptions { interactive, tty } = job.streams;
+async fn carry(mut handle: ExecHandle, signals: Signals, streams: StreamOptions) -> Result<Ended, Failure> {
+    let input = handle.input();
+    tokio::select! {
+        ended = deliver(&mut handle) => return ended,
+        code = obey(signals, input.clone(), streams.tty) => return Ok(Ended::Abandoned(code)),
+        () = feed(input, streams) => {}
+    }
+    let session = handle.id();
+    handle.detach().await.map_err(|error| Failure::of_command(&error))?;
+    Ok(Ended::Detached(session))
+}
+
+async fn start(sandbox: &Sandbox, job: Job) -> Result<ExecHandle, Failure> {
     let mut words = job.words.into_iter();
     let program = words.next().unwrap_or_default();
     let handle = sandbox.exec_stream_with(program, |options| {
         options.args(words);
-        if tty {
+        if job.streams.tty {
             let (rows, columns) = terminal::size_or_classic();
             options.tty(rows, columns);
             if let Ok(term) = std::env::var("TERM") {
@@ -95,17 +162,11 @@ async fn attach(sandbox: &Sandbox, job: Job, signals: Signals) -> Result<Ended, 
             None => options,
         }
     });
-    let handle = handle.await.map_err(|error| Failure::of_command(&error))?;
-    let input = handle.input();
-    tokio::select! {
-        ended = deliver(handle) => ended,
-        code = obey(signals, input.clone(), tty) => Ok(Ended::Abandoned(code)),
-        never = feed(input, interactive, tty) => match never {},
-    }
+    handle.await.map_err(|error| Failure::of_command(&error))
 }
 
 /// Writes out what the command says, until it ends.
-async fn deliver(mut handle: ExecHandle) -> Result<Ended, Failure> {
+async fn deliver(handle: &mut ExecHandle) -> Result<Ended, Failure> {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     while let Some(event) = handle.next().await {
         match event.map_err(|error| Failure::of_command(&error))? {
@@ -133,14 +194,27 @@ fn code(status: ExitStatus) -> u8 {
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
 }
 
-/// Passes standard input on, if it is to be, and its end.
-async fn feed(input: ExecInput, interactive: bool, tty: bool) -> Infallible {
+/// Passes standard input on, if it is to be, and its end; comes back only when the keys are typed that leave a terminal.
+async fn feed(input: ExecInput, streams: StreamOptions) {
+    let StreamOptions { interactive, tty, detach_keys } = streams;
     if interactive {
         let mut stdin = tokio::io::stdin();
-        let mut buffer = vec![0; CHUNK];
+        let mut watch = tty.then(|| Watch::new(detach_keys));
+        let (mut buffer, mut passed) = (vec![0; CHUNK], Vec::new());
         // An error is the end, too: a terminal that is gone.
         while let Ok(count @ 1..) = stdin.read(&mut buffer).await {
-            match input.write(buffer.get(..count).unwrap_or_default()).await {
+            let mut bytes = buffer.get(..count).unwrap_or_default();
+            if let Some(watch) = &mut watch {
+                passed.clear();
+                let leave = watch.pass(bytes, &mut passed);
+                if leave {
+                    // What was typed before that is the command's, if it takes it; nobody waits for it any more.
+                    let _ = tokio::time::timeout(LAST_WORDS, input.write(&passed)).await;
+                    return;
+                }
+                bytes = &passed;
+            }
+            match input.write(bytes).await {
                 Ok(()) => {}
                 // How the command ended is heard where its output is.
                 Err(Error::ExecEnded { .. }) | Err(_) => return std::future::pending().await,

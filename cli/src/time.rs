@@ -27,6 +27,40 @@ fn date(days: u64) -> (u64, u64, u64) {
     (cycle * 400 + year + next, month, day)
 }
 
+/// The moment that RFC 3339 text in UTC names; a fraction of a second and the time of day may be missing.
+pub fn moment(text: &str) -> Option<SystemTime> {
+    let (date, time) = text.split_once('T').unwrap_or((text, "00:00:00Z"));
+    let [year, month, day] = numbers(date, '-')?;
+    let (time, fraction) = time.strip_suffix('Z').unwrap_or(time).split_once('.').unwrap_or((time, "0"));
+    let [hour, minute, second] = numbers(time.strip_suffix('Z').unwrap_or(time), ':')?;
+    if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+        return None;
+    }
+    if hour > 23 || minute > 59 || second > 60 || fraction.len() > 9 {
+        return None;
+    }
+    let nanoseconds = format!("{fraction:0<9}").parse().ok()?;
+    let seconds = days(year, month, day) * 86_400 + hour * 3600 + minute * 60 + second;
+    Some(UNIX_EPOCH + Duration::new(seconds, nanoseconds))
+}
+
+fn numbers(text: &str, separator: char) -> Option<[u64; 3]> {
+    let mut numbers = [0; 3];
+    let mut words = text.split(separator);
+    for number in &mut numbers {
+        let word = words.next().filter(|word| (2..=4).contains(&word.len()))?;
+        *number = word.bytes().all(|byte| byte.is_ascii_digit()).then(|| word.parse().ok())??;
+    }
+    words.next().is_none().then_some(numbers)
+}
+
+/// How many days after 1 January 1970 a date is: [`date`] the other way round.
+fn days(year: u64, month: u64, day: u64) -> u64 {
+    // Years begin in March, so that the day that some years lack is the last.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    year * 365 + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468
+}
+
 /// How long ago something was: the largest unit alone.
 pub fn ago(age: Duration) -> String {
     let seconds = age.as_secs();
@@ -57,6 +91,21 @@ mod tests {
             assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
         }
         assert!(rfc3339(UNIX_EPOCH + Duration::from_millis(1_234)).ends_with("01.234Z"));
+    }
+
+    #[test]
+    fn moments_are_read_as_they_are_written() {
+        for seconds in (0..4_200_000_000).step_by(86_400 * 3 + 12_345) {
+            let at = UNIX_EPOCH + Duration::from_secs(seconds);
+            assert_eq!(moment(&rfc3339(at)), Some(at));
+        }
+        assert_eq!(moment("1970-01-02"), Some(UNIX_EPOCH + Duration::from_secs(86_400)));
+        assert_eq!(moment("1970-01-01T00:00:01.5"), Some(UNIX_EPOCH + Duration::from_millis(1500)));
+        for wrong in
+            ["", "now", "1970-13-01", "1969-12-31", "1970-01-01T25:00:00Z", "1970-1-1", "1970-01-01-01"]
+        {
+            assert_eq!(moment(wrong), None, "{wrong:?}");
+        }
     }
 
     #[test]

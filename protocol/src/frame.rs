@@ -154,6 +154,14 @@ kinds! {
     Measure = 0x68, Asks;
     /// Answers: [`crate::message::GuestMetrics`].
     Measured = 0x69, FromGuest;
+    /// Application to sandbox process: opens a session that is another way into a detached one:
+    /// [`crate::message::Attach`]. Its answers are those to an [`Kind::Open`].
+    Attach = 0x4c, Call;
+    /// The application gives the session up: its command is killed, and nothing of it follows. A session that was opened by
+    /// [`Kind::Attach`] ends alone. No payload.
+    Abandon = 0x4d, ToGuest;
+    /// Sandbox process to application, after its Hello: [`crate::message::Welcome`].
+    Welcome = 0x4e, Call;
 }
 
 impl Kind {

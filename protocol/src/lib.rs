@@ -28,7 +28,7 @@ mod scanner;
 pub use codec::{decode, encode, encode_raw};
 pub use frame::{Decoder, Frame, FrameError, Header, Kind, Role, SessionId};
 pub use hello::{Hello, VersionMismatch};
-pub use scanner::Scanner;
+pub use scanner::{Part, Scanner};
 
 /// Largest frame in bytes, header included.
 pub const MAX_FRAME: usize = 1 << 20;

@@ -7,6 +7,7 @@ mod events;
 mod files;
 mod metrics;
 mod network;
+mod sessions;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,7 @@ pub use files::{
 };
 pub use metrics::*;
 pub use network::{Network, Subnet};
+pub use sessions::{Attach, SessionEnd, SessionInfo, Welcome};
 
 /// Payload of [`crate::Kind::Fatal`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,6 +206,13 @@ pub enum Request {
     Detach,
     /// Count as activity.
     Touch,
+    /// Which sessions there are.
+    Sessions,
+    /// Let a session of this connection go on without it; what it sends after the answer is nobody's or who attaches.
+    DetachSession {
+        /// Its number.
+        session: u32,
+    },
 }
 
 /// Payload of [`crate::Kind::Reply`].
@@ -217,6 +226,8 @@ pub enum Reply {
     Refused(Refused),
     /// Tried, and failed.
     Failed(String),
+    /// Answers [`Request::Sessions`], in the order of their numbers.
+    Sessions(Vec<SessionInfo>),
 }
 
 /// The sandbox process's own view of its state.
@@ -249,6 +260,18 @@ pub enum Refused {
         /// How many that is.
         max: u32,
     },
+    /// There is no session of this number, or none that is remembered.
+    NoSuchSession {
+        /// The number.
+        session: u32,
+    },
+    /// The session belongs to the connection that opened it.
+    NotDetached {
+        /// Its number.
+        session: u32,
+    },
+    /// The guest sent more than the session's window allows.
+    Overrun,
 }
 
 /// Payload of [`crate::Kind::Open`]: a command to run.

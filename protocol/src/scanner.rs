@@ -11,32 +11,53 @@ pub struct Scanner {
     payload_left: usize,
 }
 
+/// What comes next in a stream of frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part<'b> {
+    /// A header has come to its end.
+    Header(Header),
+    /// Some of the payload of the last header's frame, at least a byte.
+    Payload(&'b [u8]),
+}
+
 impl Scanner {
+    /// Takes the next part of the stream off the front of `bytes`; `None` once they are used up.
+    pub fn next<'b>(&mut self, bytes: &mut &'b [u8]) -> Result<Option<Part<'b>>, FrameError> {
+        if self.payload_left > 0 {
+            let (payload, later) = bytes.split_at(self.payload_left.min(bytes.len()));
+            self.payload_left -= payload.len();
+            *bytes = later;
+            return Ok((!payload.is_empty()).then_some(Part::Payload(payload)));
+        }
+        let free = self.partial.get_mut(self.partial_length..).unwrap_or_default();
+        let (now, later) = bytes.split_at(free.len().min(bytes.len()));
+        for (to, from) in free.iter_mut().zip(now) {
+            *to = *from;
+        }
+        self.partial_length += now.len();
+        *bytes = later;
+        if self.partial_length < Header::SIZE {
+            return Ok(None);
+        }
+        let header = Header::from_bytes(self.partial)?;
+        self.partial_length = 0;
+        self.payload_left = header.length as usize;
+        Ok(Some(Part::Header(header)))
+    }
+
     /// Goes over the next bytes of the stream and calls `on_header` for each header that ends in them.
-    pub fn scan(&mut self, bytes: &[u8], mut on_header: impl FnMut(Header)) -> Result<(), FrameError> {
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            if self.payload_left > 0 {
-                let (payload, later) = rest.split_at(self.payload_left.min(rest.len()));
-                self.payload_left -= payload.len();
-                rest = later;
-                continue;
-            }
-            let free = self.partial.get_mut(self.partial_length..).unwrap_or_default();
-            let (now, later) = rest.split_at(free.len().min(rest.len()));
-            for (to, from) in free.iter_mut().zip(now) {
-                *to = *from;
-            }
-            self.partial_length += now.len();
-            rest = later;
-            if self.partial_length == Header::SIZE {
-                let header = Header::from_bytes(self.partial)?;
-                self.partial_length = 0;
-                self.payload_left = header.length as usize;
+    pub fn scan(&mut self, mut bytes: &[u8], mut on_header: impl FnMut(Header)) -> Result<(), FrameError> {
+        while let Some(part) = self.next(&mut bytes)? {
+            if let Part::Header(header) = part {
                 on_header(header);
             }
         }
         Ok(())
+    }
+
+    /// How much of the current frame's payload is still to come, in bytes.
+    pub fn payload_left(&self) -> usize {
+        self.payload_left
     }
 
     /// Whether the stream is between two frames, where another frame may be put in.

@@ -59,6 +59,24 @@ fn messages_have_their_golden_bytes() {
     pinned(Kind::Request, &Request::Drain { deadline_ms: Some(5) }, &[3, 1, 5]);
     pinned(Kind::Request, &Request::Kill, &[5]);
     pinned(Kind::Reply, &Reply::Done, &[0]);
+    pinned(Kind::Request, &Request::Sessions, &[8]);
+    pinned(Kind::Request, &Request::DetachSession { session: 17 }, &[9, 17]);
+    pinned(Kind::Attach, &Attach { session: 300 }, &[251, 44, 1]);
+    pinned(Kind::Welcome, &Welcome { first: 17, step: 16 }, &[17, 16]);
+    pinned(Kind::Refused, &Refused::NoSuchSession { session: 5 }, &[4, 5]);
+    pinned(Kind::Refused, &Refused::NotDetached { session: 5 }, &[5, 5]);
+    let info = SessionInfo {
+        session: 17,
+        command: vec!["ls".into()],
+        started_ns: 2,
+        pid: Some(9),
+        tty: true,
+        detached: true,
+        attached: 1,
+        end: Some(SessionEnd::Exited(Exited::Code(1))),
+    };
+    let golden = [4, 1, 17, 1, 2, b'l', b's', 2, 1, 9, 1, 1, 1, 1, 0, 0, 2];
+    pinned(Kind::Reply, &Reply::Sessions(vec![info]), &golden);
     pinned(Kind::Shutdown, &Shutdown { grace_ms: 100 }, &[100]);
     pinned(Kind::SetClock, &SetClock { realtime_ns: 1 }, &[1]);
     pinned(Kind::Fatal, &Fatal::VersionMismatch { ours: 1 }, &[0, 1]);

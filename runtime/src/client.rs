@@ -1,23 +1,31 @@
-//! One client of the sandbox: an application's connection on the relay socket and, behind it, a vsock
-//! stream to the agent. Bytes from the guest are forwarded as they lie in the device's buffer; only their
-//! headers are looked at, to know which sessions are open without trusting the guest's word for it.
+//! One client of the sandbox: an application's connection on the relay socket. Behind it is a vsock stream to the agent
+//! ([`Upstream`]), whose bytes are forwarded as they lie in the device's buffer; and views of sessions that have been
+//! detached, whose frames are among our own.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use cubby_protocol::message::{Fatal, Refused, Reply, Request};
-use cubby_protocol::{
-    AGENT_PORT, Decoder, FrameError, Header, Hello, Kind, Role, Scanner, SessionId, decode, encode,
-};
-use cubby_vmm::devices::vsock::{Port, StreamId, Vsock};
+use cubby_protocol::message::{Attach, Fatal, Open, Refused, Reply, Request, Welcome};
+use cubby_protocol::{Decoder, FrameError, Header, Hello, Kind, Role, SessionId, decode, encode};
+use cubby_vmm::devices::vsock::Vsock;
 use serde::Serialize;
+
+use crate::backlog::Quota;
+use crate::command::{Command, Served, ViewId};
+use crate::upstream::{Notes, Upstream};
 
 /// Bytes forwarded from the guest for one client before the others have their turn.
 const TURN: usize = 1 << 20;
 
 /// Bytes of unread answers after which a client's frames wait.
 const MAX_OWN: usize = 64 << 10;
+
+/// Bytes for detached sessions after which others have their turn.
+const MAX_DEEDS: usize = 64 << 10;
+
+/// Sessions that a client may have open: as many as the agent takes.
+const MAX_SESSIONS: usize = 1024;
 
 /// What a client may do now.
 #[derive(Clone, Debug)]
@@ -34,14 +42,29 @@ pub(crate) struct Call {
     pub(crate) request: Request,
 }
 
-/// How far the stream to the agent has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stream {
-    /// The agent is not ready yet.
-    None,
-    /// Connecting, or waiting for the agent's Hello.
-    Greeting(StreamId),
-    Up(StreamId),
+/// What a client's frames ask of others than the agent.
+pub(crate) enum Deed {
+    Call(Call),
+    /// Open a session that is a view of a detached one.
+    Attach {
+        session: SessionId,
+        to: SessionId,
+    },
+    /// A frame for the session behind a view.
+    View {
+        session: SessionId,
+        kind: Kind,
+        payload: Vec<u8>,
+    },
+}
+
+/// What a client's turn works on besides its socket.
+pub(crate) struct Turn<'a> {
+    pub(crate) vsock: &'a mut Vsock,
+    pub(crate) gate: &'a Gate,
+    pub(crate) quota: &'a Quota,
+    pub(crate) notes: &'a mut Notes,
+    pub(crate) deeds: Vec<Deed>,
 }
 
 /// Why a client is no more.
@@ -56,68 +79,56 @@ pub(crate) struct Client {
     awaits_room: bool,
     /// The application's Hello has come.
     greeted: bool,
+    /// The numbers of the sessions that it opens.
+    numbers: Welcome,
     from_app: Decoder,
-    /// A frame that the stream did not take whole.
-    to_guest: Vec<u8>,
-    to_guest_done: usize,
-    stream: Stream,
-    from_guest: Scanner,
     /// Frames of our own for the application, sent between two of the guest's.
     own: Vec<u8>,
     own_done: usize,
-    /// Open sessions, with what opened them.
-    sessions: HashMap<SessionId, Role>,
     /// Something has come that is use of the sandbox.
     used: bool,
+    /// Its views, and the sessions behind them.
+    pub(crate) views: HashMap<SessionId, SessionId>,
+    /// The largest number of a session that it has opened.
+    pub(crate) newest: u32,
     /// Nothing more is read; the connection ends once `own` is out.
     closing: bool,
 }
 
 impl Client {
     /// A client that has just connected. `socket` does not block.
-    pub(crate) fn new(socket: UnixStream) -> Self {
-        Self {
+    pub(crate) fn new(socket: UnixStream, numbers: Welcome) -> Self {
+        let mut client = Self {
             socket,
             readable: true,
             writable: true,
             awaits_room: false,
             greeted: false,
+            numbers,
             from_app: Decoder::default(),
-            to_guest: Vec::new(),
-            to_guest_done: 0,
-            stream: Stream::None,
-            from_guest: Scanner::default(),
             own: Hello::OURS.to_frame().to_vec(),
             own_done: 0,
-            sessions: HashMap::new(),
             used: false,
+            views: HashMap::new(),
+            newest: 0,
             closing: false,
-        }
+        };
+        client.say(Kind::Welcome, SessionId::CONNECTION, &numbers);
+        client
+    }
+
+    /// Whose sessions have these numbers.
+    pub(crate) fn numbers(&self) -> Welcome {
+        self.numbers
     }
 
     pub(crate) fn socket(&self) -> &UnixStream {
         &self.socket
     }
 
-    pub(crate) fn stream(&self) -> Option<StreamId> {
-        match self.stream {
-            Stream::None => None,
-            Stream::Greeting(id) | Stream::Up(id) => Some(id),
-        }
-    }
-
-    pub(crate) fn sessions(&self) -> usize {
-        self.sessions.len()
-    }
-
     /// Whether it has used the sandbox since this was asked last.
     pub(crate) fn take_use(&mut self) -> bool {
         std::mem::take(&mut self.used)
-    }
-
-    /// Those of them that a drain waits for.
-    pub(crate) fn working(&self) -> usize {
-        self.sessions.values().filter(|role| **role != Role::Listens).count()
     }
 
     /// The kernel said that the socket can be read or written again.
@@ -133,20 +144,16 @@ impl Client {
     }
 
     /// The agent takes connections from now on.
-    pub(crate) fn connect(&mut self, vsock: &mut Vsock) {
-        if self.stream == Stream::None && !self.closing {
-            let Ok(id) = vsock.connect(Port(AGENT_PORT)) else {
-                return self.refuse(&Fatal::Protocol("the guest has no stream left".into()));
-            };
-            vsock.send(id, &Hello::OURS.to_frame());
-            self.stream = Stream::Greeting(id);
+    pub(crate) fn connect(&mut self, up: &mut Upstream, vsock: &mut Vsock) {
+        if !self.closing && up.connect(vsock).is_err() {
+            self.refuse(&Fatal::Protocol("the guest has no stream left".into()));
         }
     }
 
     /// Answers a call. Whether the answer is out already.
-    pub(crate) fn reply(&mut self, session: SessionId, reply: &Reply) -> bool {
+    pub(crate) fn reply(&mut self, session: SessionId, reply: &Reply, up: &Upstream) -> bool {
         self.say(Kind::Reply, session, reply);
-        self.from_guest.at_boundary() && matches!(self.flush_own(), Ok(true)) && !self.closing
+        up.at_boundary() && matches!(self.flush_own(), Ok(true)) && !self.closing
     }
 
     /// Says why, in the place of a greeting, to a client that is not taken.
@@ -163,44 +170,48 @@ impl Client {
         self.closing = true;
     }
 
+    /// Ends a session of the client's.
+    pub(crate) fn refuse_session(&mut self, session: SessionId, why: &Refused) {
+        self.views.remove(&session);
+        self.say(Kind::Refused, session, why);
+    }
+
     fn say(&mut self, kind: Kind, session: SessionId, message: &impl Serialize) {
         // Our own messages are small: they always fit.
         let _ = encode(kind, session, message, &mut self.own);
     }
 
-    /// Moves all that can be moved in both directions. Calls of the client are added to `calls`.
-    pub(crate) fn pump(
-        &mut self,
-        vsock: &mut Vsock,
-        gate: &Gate,
-        calls: &mut Vec<Call>,
-    ) -> Result<bool, Gone> {
+    /// Moves all that can be moved in both directions. Whether there may be more to move after this turn.
+    pub(crate) fn pump(&mut self, up: &mut Upstream, turn: &mut Turn<'_>) -> Result<bool, Gone> {
+        up.greet(turn.vsock)?;
+        let mut more = false;
         if !self.closing {
-            self.application_to_guest(vsock, gate, calls)?;
+            more = self.application_to_guest(up, turn)?;
         }
-        let more = self.guest_to_application(vsock)?;
+        up.settle(turn.vsock);
+        more |= self.guest_to_application(up, turn)?;
         if self.closing && self.own.is_empty() {
             return Err(Gone);
         }
         Ok(more)
     }
 
-    fn application_to_guest(
-        &mut self,
-        vsock: &mut Vsock,
-        gate: &Gate,
-        calls: &mut Vec<Call>,
-    ) -> Result<(), Gone> {
+    fn application_to_guest(&mut self, up: &mut Upstream, turn: &mut Turn<'_>) -> Result<bool, Gone> {
+        let mut asked = 0;
         loop {
             // A client that does not read its answers is not listened to.
-            if !self.flush_to_guest(vsock) || self.own.len() > MAX_OWN {
-                return Ok(());
+            if !up.flush(turn.vsock) || self.own.len() > MAX_OWN {
+                return Ok(false);
+            }
+            if asked > MAX_DEEDS {
+                return Ok(true);
             }
             // The decoder is taken out for as long as a frame of its buffer is looked at.
             let mut decoder = std::mem::take(&mut self.from_app);
             let outcome = match decoder.next_frame() {
                 Ok(Some(frame)) => {
-                    self.on_application_frame(frame.header, frame.bytes, vsock, gate, calls).map(|()| true)
+                    asked += frame.bytes.len() * usize::from(!up.is_open(frame.header.session));
+                    self.on_application_frame(frame.header, frame.bytes, up, turn).map(|()| true)
                 }
                 Ok(None) => Ok(false),
                 Err(error) => Err(error),
@@ -208,15 +219,15 @@ impl Client {
             self.from_app = decoder;
             match outcome {
                 Ok(true) => {}
-                Ok(false) if !self.readable => return Ok(()),
+                Ok(false) if !self.readable => return Ok(false),
                 Ok(false) => self.read_application()?,
                 Err(error) => {
                     self.refuse(&Fatal::Protocol(error.to_string()));
-                    return Ok(());
+                    return Ok(false);
                 }
             }
             if self.closing {
-                return Ok(());
+                return Ok(false);
             }
         }
     }
@@ -245,13 +256,13 @@ impl Client {
         &mut self,
         header: Header,
         bytes: &[u8],
-        vsock: &mut Vsock,
-        gate: &Gate,
-        calls: &mut Vec<Call>,
+        up: &mut Upstream,
+        turn: &mut Turn<'_>,
     ) -> Result<(), FrameError> {
+        let Header { kind, session, .. } = header;
         let payload = bytes.get(Header::SIZE..).unwrap_or_default();
         if !self.greeted {
-            if header.kind != Kind::Hello {
+            if kind != Kind::Hello {
                 return Err(FrameError::Malformed { what: "Hello", why: "it must come first".into() });
             }
             match Hello::from_payload(payload)?.agree() {
@@ -260,35 +271,51 @@ impl Client {
             }
             return Ok(());
         }
-        let role = header.kind.role();
+        let role = kind.role();
         self.used |= !matches!(role, Role::Call | Role::Asks);
-        match (role, header.kind) {
+        match (role, kind) {
             (Role::Call, Kind::Request) => {
                 let request = decode(payload)?;
-                self.used |= request != Request::Status;
-                calls.push(Call { session: header.session, request });
+                self.used |= !matches!(request, Request::Status | Request::Sessions);
+                turn.deeds.push(Deed::Call(Call { session, request }));
             }
-            (Role::Opens | Role::Listens, _) => match gate {
-                Gate::Closed(why) => self.say(Kind::Refused, header.session, why),
-                Gate::Open if self.sessions.contains_key(&header.session) => {
-                    self.say(Kind::Refused, header.session, &Refused::SessionInUse);
+            (Role::Call, Kind::Attach) => {
+                self.used = true;
+                let attach: Attach = decode(payload)?;
+                if self.begin(session, up)? {
+                    let to = SessionId(attach.session);
+                    self.views.insert(session, to);
+                    turn.deeds.push(Deed::Attach { session, to });
                 }
+            }
+            (Role::Opens | Role::Listens, _) => match turn.gate {
+                Gate::Closed(why) => self.say(Kind::Refused, session, why),
                 Gate::Open => {
-                    self.sessions.insert(header.session, role);
-                    self.forward(bytes, vsock);
+                    let open = (kind == Kind::Open).then(|| decode::<Open>(payload)).transpose()?;
+                    if self.begin(session, up)? {
+                        let command = open.map(|open| Command::new(session, open, turn.quota));
+                        up.open(session, role, command);
+                        up.forward(bytes, turn.vsock);
+                    }
                 }
             },
-            (Role::Asks, _) => match gate {
-                Gate::Closed(why @ Refused::InvalidState { .. }) => {
-                    self.say(Kind::Refused, header.session, why);
-                }
-                _ => self.forward(bytes, vsock),
+            (Role::Asks, _) => match turn.gate {
+                Gate::Closed(why @ Refused::InvalidState { .. }) => self.say(Kind::Refused, session, why),
+                _ => up.forward(bytes, turn.vsock),
             },
-            (Role::Connection, Kind::Ping) => self.forward(bytes, vsock),
+            (Role::Connection, Kind::Ping) => up.forward(bytes, turn.vsock),
+            // A frame for a session that has just ended is no mistake of the sender's.
             (Role::ToGuest | Role::Both, _) => {
-                // A frame for a session that has just ended is no mistake of the sender's.
-                if self.sessions.contains_key(&header.session) {
-                    self.forward(bytes, vsock);
+                if up.belongs_to_client(session) {
+                    if let Some(command) = up.command(session) {
+                        command.on_owner_frame(kind, payload);
+                    }
+                    if kind == Kind::Abandon {
+                        up.close(session);
+                    }
+                    up.forward(bytes, turn.vsock);
+                } else if self.views.contains_key(&session) {
+                    turn.deeds.push(Deed::View { session, kind, payload: payload.to_vec() });
                 }
             }
             (_, kind) => {
@@ -301,72 +328,82 @@ impl Client {
         Ok(())
     }
 
-    fn forward(&mut self, frame: &[u8], vsock: &mut Vsock) {
-        let taken = match self.stream {
-            Stream::Up(id) => vsock.send(id, frame),
-            // The agent's Hello comes first; the frame waits.
-            Stream::None | Stream::Greeting(_) => 0,
-        };
-        self.to_guest.extend_from_slice(frame.get(taken..).unwrap_or_default());
-    }
-
-    /// Sends what is left of a frame. Whether all of it went.
-    fn flush_to_guest(&mut self, vsock: &mut Vsock) -> bool {
-        if self.to_guest.is_empty() {
-            return true;
+    /// Whether a session may begin; if not, the client is told.
+    fn begin(&mut self, session: SessionId, up: &Upstream) -> Result<bool, FrameError> {
+        if !self.numbers.allows(session.0) {
+            return Err(FrameError::Malformed {
+                what: "session",
+                why: format!("{} is not a number of this connection", session.0),
+            });
         }
-        let Stream::Up(id) = self.stream else { return false };
-        let rest = self.to_guest.get(self.to_guest_done..).unwrap_or_default();
-        self.to_guest_done += vsock.send(id, rest);
-        if self.to_guest_done < self.to_guest.len() {
-            return false;
+        if up.is_open(session) || self.views.contains_key(&session) {
+            self.say(Kind::Refused, session, &Refused::SessionInUse);
+            return Ok(false);
         }
-        self.to_guest.clear();
-        self.to_guest_done = 0;
-        true
+        if up.sessions() + self.views.len() >= MAX_SESSIONS {
+            let max = u32::try_from(MAX_SESSIONS).unwrap_or(u32::MAX);
+            self.say(Kind::Refused, session, &Refused::TooManySessions { max });
+            return Ok(false);
+        }
+        self.newest = self.newest.max(session.0);
+        Ok(true)
     }
 
     /// Whether there may be more to forward after this turn.
-    fn guest_to_application(&mut self, vsock: &mut Vsock) -> Result<bool, Gone> {
-        if let Stream::Greeting(id) = self.stream {
-            self.await_greeting(id, vsock)?;
-        }
+    fn guest_to_application(&mut self, up: &mut Upstream, turn: &mut Turn<'_>) -> Result<bool, Gone> {
         let mut moved = 0;
         loop {
-            if self.from_guest.at_boundary() && !self.flush_own()? {
+            if up.at_boundary() && !self.flush_own()? {
                 return Ok(false);
             }
-            let Stream::Up(id) = self.stream else { return Ok(false) };
-            if !self.writable || self.closing {
-                return Ok(false);
-            }
-            let bytes = vsock.received(id);
-            if bytes.is_empty() {
+            let Some(id) = up.up().filter(|_| !self.closing) else { return Ok(false) };
+            let bytes = turn.vsock.received(id);
+            let run = up.next_run(bytes)?;
+            if run.length == 0 || !(self.writable || run.stays) {
                 return Ok(false);
             }
             if moved >= TURN {
                 return Ok(true);
             }
-            let Some(count) = write(&mut self.socket, bytes, &mut self.writable)? else { continue };
-            let forwarded = bytes.get(..count).unwrap_or_default();
-            let checked = check_agent(&mut self.from_guest, forwarded, &mut self.sessions);
-            vsock.consume(id, count);
+            let bytes = bytes.get(..run.length).unwrap_or_default();
+            let written = if run.stays {
+                Some(run.length)
+            } else {
+                write(&mut self.socket, bytes, &mut self.writable)?
+            };
+            let Some(count) = written else { continue };
+            let checked = up.commit(bytes.get(..count).unwrap_or_default(), run.stays, turn.notes);
+            turn.vsock.consume(id, count);
             moved += count;
             // The application was sent the same bytes and finds the same fault.
             checked?;
+            up.settle(turn.vsock);
         }
     }
 
-    fn await_greeting(&mut self, id: StreamId, vsock: &mut Vsock) -> Result<(), Gone> {
-        const SIZE: usize = Header::SIZE + Hello::SIZE;
-        let Some(frame) = vsock.received(id).first_chunk::<SIZE>() else { return Ok(()) };
-        if *frame != Hello::OURS.to_frame() {
-            return Err(Gone);
+    /// Sends what a view has to say. Whether it said something, and whether it has more that can be sent now.
+    pub(crate) fn show(
+        &mut self,
+        session: SessionId,
+        command: &mut Command,
+        client: u32,
+        at_boundary: bool,
+    ) -> (bool, bool) {
+        let (mut said, mut more) = (false, true);
+        while more && self.own.len() < MAX_OWN && !self.closing {
+            let before = self.own.len();
+            let served = command.serve(ViewId { client, session }, &mut self.own, MAX_OWN);
+            said |= self.own.len() > before;
+            more = served == Served::More;
+            if served == Served::Over {
+                self.views.remove(&session);
+            }
+            // What stands in the way is found out by the next turn.
+            if at_boundary {
+                let _ = self.flush_own();
+            }
         }
-        vsock.consume(id, SIZE);
-        self.stream = Stream::Up(id);
-        self.flush_to_guest(vsock);
-        Ok(())
+        (said, more && self.own.is_empty())
     }
 
     /// Sends our own frames. Whether all went.
@@ -382,29 +419,6 @@ impl Client {
         self.own_done = 0;
         Ok(true)
     }
-}
-
-/// Looks at the headers in what came from the guest: takes sessions that end out of `sessions`, and finds what no
-/// agent sends.
-fn check_agent(
-    scanner: &mut Scanner,
-    bytes: &[u8],
-    sessions: &mut HashMap<SessionId, Role>,
-) -> Result<(), Gone> {
-    let mut forbidden = false;
-    let scanned = scanner.scan(bytes, |header| {
-        if header.kind.ends_session() {
-            sessions.remove(&header.session);
-        } else {
-            forbidden |= !agent_may_send(header.kind);
-        }
-    });
-    if scanned.is_err() || forbidden { Err(Gone) } else { Ok(()) }
-}
-
-/// What an agent sends on a client's stream after its Hello.
-fn agent_may_send(kind: Kind) -> bool {
-    matches!(kind, Kind::Pong | Kind::Fatal) || matches!(kind.role(), Role::FromGuest | Role::Both)
 }
 
 /// Writes some of `bytes`; `None` if the socket takes nothing now.
@@ -423,54 +437,14 @@ fn write(socket: &mut UnixStream, bytes: &[u8], writable: &mut bool) -> Result<O
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output_log::OutputLog;
     use cubby_vmm::devices::vsock::GuestCid;
-
-    fn frame(kind: Kind, session: SessionId) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        cubby_protocol::encode_raw(kind, session, b"x", &mut bytes).unwrap();
-        bytes
-    }
-
-    #[test]
-    fn frames_that_an_agent_may_not_send_end_the_connection() {
-        let mut allowed =
-            vec![0x02, 0x04, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x4b, 0x61, 0x63, 0x64, 0x66, 0x69];
-        // Those of files.
-        allowed.extend([0x51, 0x52, 0x53, 0x54, 0x57, 0x58]);
-        let mut seen = 0;
-        for byte in 0..=u8::MAX {
-            let Ok(kind) = Kind::try_from(byte) else { continue };
-            // A good one before it, and all of it in pieces of any size.
-            let session = SessionId::CONNECTION;
-            let bytes = [frame(Kind::Pong, session), frame(kind, session)].concat();
-            for size in 1..=bytes.len() {
-                let (mut scanner, mut sessions) = (Scanner::default(), HashMap::new());
-                let outcome: Result<(), Gone> =
-                    bytes.chunks(size).try_for_each(|piece| check_agent(&mut scanner, piece, &mut sessions));
-                assert_eq!(outcome.is_ok(), allowed.contains(&byte), "{kind:?} in pieces of {size}");
-            }
-            seen += usize::from(allowed.contains(&byte));
-        }
-        assert_eq!(seen, allowed.len());
-        // Nor may it send what is no frame.
-        let mut broken = frame(Kind::Stdout, SessionId::CONNECTION);
-        broken[..4].fill(0xff);
-        assert!(check_agent(&mut Scanner::default(), &broken, &mut HashMap::new()).is_err());
-    }
-
-    #[test]
-    fn a_drain_waits_for_work_and_not_for_who_listens() {
-        let mut client = Client::new(UnixStream::pair().unwrap().0);
-        for kind in [Kind::Open, Kind::Subscribe, Kind::Emit] {
-            client.sessions.insert(SessionId(kind as u32), kind.role());
-        }
-        assert_eq!((client.sessions(), client.working()), (3, 2));
-    }
 
     #[test]
     fn to_look_at_a_sandbox_is_no_use_of_it() {
         let mut vsock = Vsock::new(GuestCid::try_from(3).unwrap());
-        let mut client = Client::new(UnixStream::pair().unwrap().0);
+        let mut client = Client::new(UnixStream::pair().unwrap().0, Welcome { first: 1, step: 1 });
+        let (mut up, mut notes) = (Upstream::new(), Notes::new(OutputLog::default()));
         let mut used = |gate: &Gate, kind: Kind, message: Option<Request>| {
             let (mut bytes, session) = (Vec::new(), SessionId(kind as u32));
             match message {
@@ -479,36 +453,20 @@ mod tests {
                 None => cubby_protocol::encode_raw(kind, session, &[], &mut bytes).unwrap(),
             }
             let header = Header::from_bytes(*bytes.first_chunk().unwrap()).unwrap();
-            client.on_application_frame(header, &bytes, &mut vsock, gate, &mut Vec::new()).unwrap();
-            (client.take_use(), client.sessions())
+            let quota = &Quota::default();
+            let mut turn = Turn { vsock: &mut vsock, gate, quota, notes: &mut notes, deeds: Vec::new() };
+            client.on_application_frame(header, &bytes, &mut up, &mut turn).unwrap();
+            (client.take_use(), up.sessions())
         };
         assert_eq!(used(&Gate::Open, Kind::Hello, None), (false, 0));
         assert_eq!(used(&Gate::Open, Kind::Measure, None), (false, 0));
         assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Status)), (false, 0));
+        assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Sessions)), (false, 0));
         assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Touch)), (true, 0));
         assert_eq!(used(&Gate::Open, Kind::Ping, None), (true, 0));
         assert_eq!(used(&Gate::Open, Kind::Subscribe, None), (true, 1));
         let draining = Gate::Closed(Refused::Draining);
         assert_eq!(used(&draining, Kind::Emit, None), (true, 1));
         assert_eq!(used(&draining, Kind::Measure, None), (false, 1));
-    }
-
-    #[test]
-    fn sessions_are_over_when_the_relay_sees_their_end_and_not_before() {
-        let [one, two] = [SessionId(1), SessionId(2)];
-        let (mut scanner, mut sessions) =
-            (Scanner::default(), HashMap::from([one, two].map(|id| (id, Role::Opens))));
-        let mut from_agent = |bytes: &[u8], left: &[SessionId]| {
-            check_agent(&mut scanner, bytes, &mut sessions).unwrap();
-            assert_eq!(sessions, left.iter().map(|id| (*id, Role::Opens)).collect());
-        };
-        from_agent(&frame(Kind::Stdout, one), &[one, two]);
-        let end = frame(Kind::Exited, one);
-        let (begin, rest) = end.split_at(Header::SIZE - 1);
-        from_agent(begin, &[one, two]);
-        from_agent(rest, &[two]);
-        // One that is over, or never was, ends nothing.
-        from_agent(&frame(Kind::Failed, one), &[two]);
-        from_agent(&frame(Kind::Refused, two), &[]);
     }
 }

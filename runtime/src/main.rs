@@ -9,19 +9,25 @@
 #![deny(clippy::print_stderr)]
 
 mod assets;
+mod backlog;
 mod client;
+mod command;
+mod console_tap;
 mod control;
+mod detached;
 mod ending;
 mod keeper;
 mod last_words;
 mod launch;
 mod lockin;
 mod machine;
+mod output_log;
 mod policy;
 mod relay;
 mod signals;
 mod supervisor;
 mod sys;
+mod upstream;
 mod will;
 
 use std::fmt::Display;
@@ -30,6 +36,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use console_tap::ConsoleTap;
 use cubby_state::launch::{HostCheck, Unsupported, to_line};
 use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store, StoreError};
 use cubby_vmm::{Error, Vm};
@@ -37,6 +44,7 @@ use last_words::LastWords;
 use launch::Launch;
 use lockin::{Limits, LockIn};
 use machine::Marked;
+use output_log::OutputLog;
 use relay::Relay;
 use signals::Signals;
 use supervisor::Parts;
@@ -159,9 +167,10 @@ fn boot(
     })?;
     let marked = Marked::default();
     let pen = console.pen().map_err(|error| Failure::at("keeper", error))?;
-    let mut config =
-        machine::config(spec, &assets, marked.clone(), pen).map_err(|why| Failure::at("disks", why))?;
-    let relay = Relay::listen(&spec.socket, spec.config.max_clients)
+    let tap = ConsoleTap::new().map_err(|error| Failure::at("log", error))?;
+    let mut config = machine::config(spec, &assets, marked.clone(), tap.with(pen))
+        .map_err(|why| Failure::at("disks", why))?;
+    let relay = Relay::listen(&spec.socket, spec.config.max_clients, open_log(spec))
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {
         Error::Host(host) => {
@@ -180,8 +189,19 @@ fn boot(
     // Everything is open and every thread runs. The guest does not yet.
     let limits = Limits { clients: spec.config.max_clients, disk: u64::from(spec.config.disk_mib) << 20 };
     lock_in.finish(&limits).map_err(locking)?;
-    supervisor::run(Parts { spec, launch, store, will, relay, vm, events, marked, signals, began })
+    supervisor::run(Parts { spec, launch, store, will, relay, tap, vm, events, marked, signals, began })
         .map_err(|why| Failure::at("supervisor", why))
+}
+
+/// The sandbox's log. One that cannot be had keeps nobody from the sandbox.
+fn open_log(spec: &LaunchSpec) -> OutputLog {
+    if !spec.config.logs {
+        return OutputLog::default();
+    }
+    OutputLog::open(&spec.home.logs(&spec.name)).unwrap_or_else(|error| {
+        say(format_args!("there is no log: {error}"));
+        OutputLog::default()
+    })
 }
 
 /// Writes a line to `process.log`, which is standard error. What is to be done goes on if that has no room.

@@ -6,13 +6,17 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use cubby_protocol::message::{Fatal, Reply};
+use cubby_protocol::message::{Fatal, Refused, Reply, Welcome};
 use cubby_vmm::devices::vsock::{StreamId, Vsock};
 use event_manager::{EventOps, Events};
 use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::EventSet;
 
-use crate::client::{Call, Client, Gate, Gone};
+use crate::backlog::Quota;
+use crate::client::{Call, Client, Deed, Gate, Gone, Turn};
+use crate::detached::Ended;
+use crate::output_log::OutputLog;
+use crate::upstream::{Notes, Upstream};
 
 /// Names a client while it is connected.
 pub(crate) type ClientId = u32;
@@ -25,8 +29,15 @@ pub(crate) struct Asked {
 
 pub(crate) struct Relay {
     listener: UnixListener,
-    clients: HashMap<ClientId, Client>,
+    pub(crate) clients: HashMap<ClientId, Client>,
+    /// Each client's stream. It outlives its client for a detached session.
+    pub(crate) upstreams: HashMap<ClientId, Upstream>,
     streams: HashMap<StreamId, ClientId>,
+    pub(crate) ended: Ended,
+    quota: Quota,
+    notes: Notes,
+    /// The largest number of a session so far.
+    newest_session: u32,
     /// Clients with something to do in this turn.
     awake: Vec<ClientId>,
     next_id: ClientId,
@@ -41,7 +52,7 @@ impl Relay {
 
     /// Listens at `path`, which only the owner can open (the directory is 0700 and the socket 0600). Whoever
     /// records the end of the run removes it.
-    pub(crate) fn listen(path: &Path, max_clients: u16) -> io::Result<Self> {
+    pub(crate) fn listen(path: &Path, max_clients: u16, log: OutputLog) -> io::Result<Self> {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -52,7 +63,12 @@ impl Relay {
         Ok(Self {
             listener,
             clients: HashMap::new(),
+            upstreams: HashMap::new(),
             streams: HashMap::new(),
+            ended: Ended::default(),
+            quota: Quota::default(),
+            notes: Notes::new(log),
+            newest_session: 0,
             awake: Vec::new(),
             next_id: Self::LISTENER,
             max_clients,
@@ -65,14 +81,19 @@ impl Relay {
         &self.listener
     }
 
-    /// Open sessions over all clients.
+    /// Where the output of all sessions is kept.
+    pub(crate) fn log(&mut self) -> &mut OutputLog {
+        &mut self.notes.log
+    }
+
+    /// Open sessions over all clients, and those without one.
     pub(crate) fn sessions(&self) -> usize {
-        self.clients.values().map(Client::sessions).sum()
+        self.upstreams.values().map(Upstream::sessions).sum()
     }
 
     /// Those of them that a drain waits for.
     pub(crate) fn working(&self) -> usize {
-        self.clients.values().map(Client::working).sum()
+        self.upstreams.values().map(Upstream::working).sum()
     }
 
     pub(crate) fn clients(&self) -> u16 {
@@ -82,10 +103,24 @@ impl Relay {
     /// The agent accepts streams from now on.
     pub(crate) fn set_agent_ready(&mut self, vsock: &mut Vsock) {
         self.agent_ready = true;
-        for (id, client) in &mut self.clients {
-            connect(*id, client, vsock, &mut self.streams);
-            self.awake.push(*id);
+        for id in self.clients.keys().copied().collect::<Vec<_>>() {
+            self.connect(id, vsock);
         }
+    }
+
+    fn connect(&mut self, id: ClientId, vsock: &mut Vsock) {
+        if let (Some(client), Some(up)) = (self.clients.get_mut(&id), self.upstreams.get_mut(&id)) {
+            client.connect(up, vsock);
+            if let Some(stream) = up.stream() {
+                self.streams.insert(stream, id);
+            }
+        }
+        self.wake(id);
+    }
+
+    /// Somebody has something to do in this turn.
+    pub(crate) fn wake(&mut self, id: ClientId) {
+        self.awake.push(id);
     }
 
     /// Something happened to a socket: a new client, or one that can go on.
@@ -110,10 +145,11 @@ impl Relay {
 
     /// A stream is over: so is its client, whose agent has ended it.
     pub(crate) fn on_stream_closed(&mut self, stream: StreamId, ops: &mut EventOps) {
-        if let Some(id) = self.streams.remove(&stream)
-            && let Some(client) = self.clients.remove(&id)
-        {
-            forget(&client, ops);
+        let Some(id) = self.streams.remove(&stream) else { return };
+        self.forget(id, ops);
+        for command in self.upstreams.remove(&id).into_iter().flat_map(Upstream::lose) {
+            self.awake.extend(command.viewers());
+            self.ended.remember(command);
         }
     }
 
@@ -123,7 +159,7 @@ impl Relay {
             if !is_owner(&socket) {
                 continue;
             }
-            let mut client = Client::new(socket);
+            let client = Client::new(socket, self.numbers());
             if self.clients() >= self.max_clients {
                 client.turn_away(&Fatal::TooManyClients { max: self.max_clients });
                 continue;
@@ -133,12 +169,23 @@ impl Relay {
             if ops.add(Events::with_data(client.socket(), id, interest(false))).is_err() {
                 continue;
             }
-            if self.agent_ready {
-                connect(id, &mut client, vsock, &mut self.streams);
-            }
             self.clients.insert(id, client);
-            self.awake.push(id);
+            self.upstreams.insert(id, Upstream::new());
+            if self.agent_ready {
+                self.connect(id, vsock);
+            }
+            self.wake(id);
         }
+    }
+
+    /// Numbers for the sessions of a new client, beyond all that were there and apart from those of all that are.
+    fn numbers(&self) -> Welcome {
+        let step = u32::from(self.max_clients.max(1));
+        let taken = |place: &u32| self.clients.values().any(|client| client.numbers().first % step == *place);
+        let place = (0..step).find(|place| !taken(place)).unwrap_or(0);
+        let begin = self.newest_session / step + 1;
+        let first = begin.checked_mul(step).and_then(|begin| begin.checked_add(place));
+        Welcome { first: first.unwrap_or(step + place), step }
     }
 
     /// Lets everybody who has something to do go on. Whether somebody still has.
@@ -149,23 +196,51 @@ impl Relay {
         ops: &mut EventOps,
         asked: &mut Vec<Asked>,
     ) -> bool {
-        let mut calls = Vec::new();
         for id in std::mem::take(&mut self.awake) {
-            let Some(client) = self.clients.get_mut(&id) else { continue };
-            let mut outcome = client.pump(vsock, gate, &mut calls);
+            let Some(up) = self.upstreams.get_mut(&id) else { continue };
+            let Some(client) = self.clients.get_mut(&id) else {
+                let over = up.absorb(vsock, &mut self.notes).is_err() || up.detached() == 0;
+                self.take_notes();
+                if over {
+                    self.drop_stream(id, vsock);
+                }
+                continue;
+            };
+            let (notes, quota) = (&mut self.notes, &self.quota);
+            let mut turn = Turn { vsock, gate, quota, notes, deeds: Vec::new() };
+            let mut outcome = client.pump(up, &mut turn);
+            let deeds = turn.deeds;
             if let Some(for_room) = client.awaits_room()
                 && ops.modify(Events::with_data(client.socket(), id, interest(for_room))).is_err()
             {
                 outcome = Err(Gone);
             }
+            self.used |= client.take_use();
+            self.newest_session = self.newest_session.max(client.newest);
+            self.take_notes();
+            // What is said to that goes out in its next turn.
+            let answered = !deeds.is_empty();
+            for deed in deeds {
+                match deed {
+                    Deed::Call(call) => asked.push(Asked { client: id, call }),
+                    Deed::Attach { session, to } => self.attach(id, session, to),
+                    Deed::View { session, kind, payload } => {
+                        self.on_view_frame(id, session, kind, &payload, vsock);
+                    }
+                }
+            }
             match outcome {
-                Ok(true) => self.awake.push(id),
-                Ok(false) => {}
+                Ok(more) => {
+                    if self.serve(id) || more || answered {
+                        self.wake(id);
+                    }
+                }
                 Err(Gone) => self.remove(id, vsock, ops),
             }
-            self.used |= self.clients.get_mut(&id).is_some_and(Client::take_use);
-            asked.extend(calls.drain(..).map(|call| Asked { client: id, call }));
         }
+        // Who has been woken by many is woken once.
+        self.awake.sort_unstable();
+        self.awake.dedup();
         self.is_awake()
     }
 
@@ -174,24 +249,63 @@ impl Relay {
         std::mem::take(&mut self.used)
     }
 
+    /// Does what a stream's bytes have brought up for others.
+    fn take_notes(&mut self) {
+        self.awake.append(&mut self.notes.awake);
+        for command in std::mem::take(&mut self.notes.ended) {
+            self.ended.remember(command);
+        }
+        for view in std::mem::take(&mut self.notes.lost) {
+            if let Some(client) = self.clients.get_mut(&view.client) {
+                client.refuse_session(view.session, &Refused::Overrun);
+            }
+            self.wake(view.client);
+        }
+    }
+
     /// Whether somebody has something to do without being woken.
     pub(crate) fn is_awake(&self) -> bool {
         !self.awake.is_empty()
     }
 
+    /// A client is gone. Its stream goes with it, unless a detached session is on it.
     fn remove(&mut self, id: ClientId, vsock: &mut Vsock, ops: &mut EventOps) {
+        self.forget(id, ops);
+        match self.upstreams.get_mut(&id) {
+            Some(up) if up.detached() > 0 => {
+                up.abandon(vsock);
+                self.wake(id);
+            }
+            _ => self.drop_stream(id, vsock),
+        }
+    }
+
+    fn forget(&mut self, id: ClientId, ops: &mut EventOps) {
         let Some(client) = self.clients.remove(&id) else { return };
-        if let Some(stream) = client.stream() {
+        // Closing the descriptor would do as well; the event manager keeps a table of its own.
+        let _ = ops.remove(Events::empty_raw(client.socket().as_raw_fd()));
+        let numbers = client.numbers();
+        self.ended.forget(|session| numbers.allows(session.0));
+        self.leave(id, client.views);
+    }
+
+    fn drop_stream(&mut self, id: ClientId, vsock: &mut Vsock) {
+        let Some(up) = self.upstreams.remove(&id) else { return };
+        if let Some(stream) = up.stream() {
             self.streams.remove(&stream);
             vsock.reset(stream);
         }
-        forget(&client, ops);
+        for command in up.lose() {
+            self.awake.extend(command.viewers());
+            self.ended.remember(command);
+        }
     }
 
     /// Answers a client that may be gone by now.
     pub(crate) fn reply(&mut self, asked: &Asked, reply: &Reply) {
-        if let Some(client) = self.clients.get_mut(&asked.client)
-            && !client.reply(asked.call.session, reply)
+        if let (Some(client), Some(up)) =
+            (self.clients.get_mut(&asked.client), self.upstreams.get(&asked.client))
+            && !client.reply(asked.call.session, reply, up)
         {
             self.awake.push(asked.client);
         }
@@ -203,18 +317,6 @@ impl Relay {
 fn interest(for_room: bool) -> EventSet {
     let room = if for_room { EventSet::OUT } else { EventSet::empty() };
     EventSet::IN | EventSet::EDGE_TRIGGERED | room
-}
-
-fn connect(id: ClientId, client: &mut Client, vsock: &mut Vsock, streams: &mut HashMap<StreamId, ClientId>) {
-    client.connect(vsock);
-    if let Some(stream) = client.stream() {
-        streams.insert(stream, id);
-    }
-}
-
-fn forget(client: &Client, ops: &mut EventOps) {
-    // Closing the descriptor would do as well; the event manager keeps a table of its own.
-    let _ = ops.remove(Events::empty_raw(client.socket().as_raw_fd()));
 }
 
 /// Whether the other end belongs to the user who runs this process.

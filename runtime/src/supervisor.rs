@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use cubby_protocol::SessionId;
 use cubby_protocol::message::{Mark, Refused, Reply, Request, SandboxStatus};
 use cubby_state::{Event, ExitReason, ExitReport, LaunchReport, LaunchSpec, Next, Status, Store};
 use cubby_vmm::devices::Device;
@@ -13,6 +14,7 @@ use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberId, Subscrib
 use vmm_sys_util::epoll::EventSet;
 
 use crate::client::Gate;
+use crate::console_tap::ConsoleTap;
 use crate::control::{Control, Said};
 use crate::ending::{self, Evidence};
 use crate::launch::Launch;
@@ -26,6 +28,7 @@ use crate::will::Will;
 const EXIT: u32 = u32::MAX;
 const LAUNCH: u32 = u32::MAX - 1;
 const SIGNALS: u32 = u32::MAX - 2;
+const CONSOLE: u32 = u32::MAX - 3;
 
 /// How long an attached sandbox has to end once its application is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -46,6 +49,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) store: &'a Store,
     pub(crate) will: &'a Will,
     pub(crate) relay: Relay,
+    pub(crate) tap: ConsoleTap,
     pub(crate) vm: Vm,
     pub(crate) events: EventLoop,
     pub(crate) marked: Marked,
@@ -60,6 +64,7 @@ struct Supervisor<'a> {
     store: &'a Store,
     will: &'a Will,
     relay: Relay,
+    tap: ConsoleTap,
     control: Control,
     vm: Vm,
     vsock: Arc<Mutex<Vsock>>,
@@ -96,7 +101,7 @@ impl MutEventSubscriber for Inbox {
 /// Carries the sandbox from its first instruction to its record in the store.
 pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, store, will, relay, vm, mut events, marked, signals, began } = parts;
+    let Parts { spec, launch, store, will, relay, tap, vm, mut events, marked, signals, began } = parts;
     let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
@@ -106,6 +111,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
             (vm.exit_event().as_raw_fd(), EXIT),
             (launch.socket().as_raw_fd(), LAUNCH),
             (signals.descriptor().as_raw_fd(), SIGNALS),
+            (tap.event().as_raw_fd(), CONSOLE),
         ],
         happened: happened.clone(),
     }));
@@ -123,6 +129,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         store,
         will,
         relay,
+        tap,
         vm,
         vsock,
         marked,
@@ -165,6 +172,7 @@ impl Supervisor<'_> {
                 EXIT => {}
                 LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
                 SIGNALS => self.on_signals(&mut vsock),
+                CONSOLE => self.log_console(),
                 _ => self.relay.on_socket(event, &mut ops, &mut vsock),
             }
         }
@@ -250,6 +258,10 @@ impl Supervisor<'_> {
                 clients: self.relay.clients(),
             }))),
             Request::Touch => Ok(Some(Reply::Done)),
+            Request::Sessions => Ok(Some(Reply::Sessions(self.relay.list_sessions()))),
+            Request::DetachSession { session } => {
+                Ok(Some(self.relay.detach_session(asked.client, SessionId(session))))
+            }
             Request::Detach => self.apply(Event::Detach).map(|()| {
                 self.attached = false;
                 Some(Reply::Done)
@@ -433,15 +445,17 @@ impl Supervisor<'_> {
     }
 
     /// How long to wait for something to happen until time alone makes it.
-    fn wait(&self) -> Option<Duration> {
+    fn wait(&mut self) -> Option<Duration> {
         let now = Instant::now();
         let tell = self.tell.map(|tell| tell.saturating_duration_since(now));
         let policies = self.policies.wait(self.status, self.busy(), now);
-        [tell, policies].into_iter().flatten().min()
+        let log = self.relay.log().due().map(|due| due.saturating_duration_since(now));
+        [tell, policies, log].into_iter().flatten().min()
     }
 
     fn on_time(&mut self, vsock: &mut Vsock) {
         self.tell = vsock.has_untold().then(|| self.tell.unwrap_or_else(|| Instant::now() + TELL_AFTER));
+        self.relay.log().on_time(Instant::now());
         while let Some(due) = self.policies.due(self.status, self.busy(), Instant::now()) {
             match due {
                 Due::Boot => {
@@ -479,6 +493,11 @@ impl Supervisor<'_> {
         }
     }
 
+    fn log_console(&mut self) {
+        let (bytes, missing) = self.tap.take();
+        self.relay.log().console(&bytes, missing);
+    }
+
     fn console(&self) -> String {
         String::from_utf8_lossy(&self.vm.console_tail()).into_owned()
     }
@@ -488,6 +507,7 @@ impl Supervisor<'_> {
         let exit = self.vm.exit().unwrap_or(Exit::Killed);
         self.vm.kill();
         let console = self.console();
+        self.log_console();
         // What the agent said last may have come with the exit.
         {
             let vsock = self.vsock.clone();
@@ -522,6 +542,7 @@ impl Supervisor<'_> {
             let gate = Gate::Closed(Refused::Draining);
             self.relay.turn(&mut vsock, &gate, &mut ops, &mut Vec::new());
         }
+        self.relay.log().write();
         Ok(())
     }
 }

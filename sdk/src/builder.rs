@@ -137,6 +137,13 @@ impl SandboxBuilder {
         self
     }
 
+    /// Whether what its commands and its console write is kept in a log ([`Sandbox::logs`]), at most 8 MiB of it beside
+    /// its disk. Default: it is.
+    pub fn logs(mut self, logs: bool) -> Self {
+        self.config.logs = logs;
+        self
+    }
+
     /// The sandbox process's binary. Default: `CUBBY_RUNTIME`, beside this program, or on `PATH`.
     pub fn runtime(mut self, path: impl Into<PathBuf>) -> Self {
         self.config.runtime = Some(path.into());

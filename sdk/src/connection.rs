@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use cubby_protocol::message::{Fatal, Reply, Request};
+use cubby_protocol::message::{Attach, Fatal, Reply, Request, Welcome};
 use cubby_protocol::{
     Decoder, Frame, FrameError, Hello, INITIAL_WINDOW, Kind, SessionId, decode, encode, encode_raw,
 };
@@ -68,6 +68,8 @@ impl From<Fatal> for ConnectionError {
 pub(crate) struct Connection {
     outbox: Outbox,
     routes: Arc<Routes>,
+    /// The sessions' numbers, and the next of them.
+    numbers: Welcome,
     next_session: AtomicU32,
     ended: watch::Receiver<Option<ConnectionError>>,
     reader: tokio::task::JoinHandle<()>,
@@ -127,7 +129,7 @@ impl Connection {
         let written = (&*socket).write_all(&Hello::OURS.to_frame());
         let reader = Reader(watch(socket.clone(), Interest::READABLE)?);
         let mut decoder = Decoder::default();
-        greet(&reader, &mut decoder).await?;
+        let numbers = greet(&reader, &mut decoder).await?;
         written?;
         let routes = Arc::new(Routes::default());
         let (report, ended) = watch::channel(None);
@@ -140,7 +142,8 @@ impl Connection {
                 routes.lock().clear();
             }
         });
-        Ok(Self { outbox: Outbox::new(socket), routes, next_session: AtomicU32::new(1), ended, reader })
+        let next_session = AtomicU32::new(numbers.first);
+        Ok(Self { outbox: Outbox::new(socket), routes, numbers, next_session, ended, reader })
     }
 
     /// Why the connection ended, if it has.
@@ -196,6 +199,11 @@ impl Connection {
         self.start_session(Kind::Open, message).await
     }
 
+    /// Opens another way into a detached session of the sandbox.
+    pub(crate) async fn attach(self: &Arc<Self>, session: u32) -> Result<Session, ConnectionError> {
+        self.start_session(Kind::Attach, &Attach { session }).await
+    }
+
     /// The same for a session of another kind.
     pub(crate) async fn start_session(
         self: &Arc<Self>,
@@ -224,7 +232,10 @@ impl Connection {
     fn register(&self, route: Route) -> SessionId {
         let mut routes = self.routes.lock();
         loop {
-            let id = SessionId(self.next_session.fetch_add(1, Ordering::Relaxed));
+            let id = SessionId(self.next_session.load(Ordering::Relaxed));
+            // Once they are used up they begin again; nobody changes the next one without the routes.
+            let next = id.0.checked_add(self.numbers.step).unwrap_or(self.numbers.first);
+            self.next_session.store(next, Ordering::Relaxed);
             if id != SessionId::CONNECTION && !routes.contains_key(&id) {
                 routes.insert(id, route);
                 return id;
@@ -283,6 +294,11 @@ pub(crate) struct SessionOut {
 }
 
 impl SessionOut {
+    /// The connection that it is on.
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     pub(crate) async fn send(&self, kind: Kind, message: &impl Serialize) -> Result<(), ConnectionError> {
         let mut out = Vec::new();
         encode(kind, self.id, message, &mut out)?;
@@ -305,6 +321,11 @@ impl SessionOut {
         self.connection.write(&out).await
     }
 
+    /// Gives the session up without waiting.
+    pub(crate) fn abandon(&self) {
+        self.push_raw(Kind::Abandon);
+    }
+
     /// Sends a frame without a payload, and waits for nothing.
     pub(crate) fn push_raw(&self, kind: Kind) {
         let mut out = Vec::new();
@@ -322,22 +343,30 @@ impl SessionOut {
     }
 }
 
-/// Reads up to and including the peer's Hello.
-async fn greet(reader: &Reader, decoder: &mut Decoder) -> Result<(), ConnectionError> {
+/// Reads up to and including the peer's welcome.
+async fn greet(reader: &Reader, decoder: &mut Decoder) -> Result<Welcome, ConnectionError> {
+    let mut greeted = false;
     loop {
-        if let Some(frame) = decoder.next_frame()? {
-            return match frame.header.kind {
-                Kind::Hello => match Hello::from_payload(frame.payload())?.agree() {
-                    Ok(_) => Ok(()),
-                    Err(mismatch) => {
-                        Err(ConnectionError::Version { ours: mismatch.ours, theirs: mismatch.theirs })
-                    }
-                },
-                Kind::Fatal => Err(decode::<Fatal>(frame.payload())?.into()),
-                kind => Err(ConnectionError::Refused(format!("it began with {kind:?}"))),
-            };
+        let Some(frame) = decoder.next_frame()? else {
+            reader.fill(decoder).await?;
+            continue;
+        };
+        match frame.header.kind {
+            Kind::Hello if !greeted => {
+                let agreed = Hello::from_payload(frame.payload())?.agree();
+                agreed.map_err(|mismatch| ConnectionError::Version {
+                    ours: mismatch.ours,
+                    theirs: mismatch.theirs,
+                })?;
+                greeted = true;
+            }
+            Kind::Welcome if greeted => {
+                let welcome: Welcome = decode(frame.payload())?;
+                return Ok(Welcome { step: welcome.step.max(1), ..welcome });
+            }
+            Kind::Fatal => return Err(decode::<Fatal>(frame.payload())?.into()),
+            kind => return Err(ConnectionError::Refused(format!("it began with {kind:?}"))),
         }
-        reader.fill(decoder).await?;
     }
 }
 

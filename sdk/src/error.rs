@@ -108,6 +108,24 @@ pub enum Error {
         /// The program.
         program: String,
     },
+    /// No session has this number, or none that is remembered.
+    #[error("sandbox {name:?} has no session {session}: Sandbox::sessions() tells which there are")]
+    NoSuchSession {
+        /// The sandbox.
+        name: String,
+        /// What was asked for.
+        session: u32,
+    },
+    /// The session belongs to the program that started it.
+    #[error(
+        "session {session} of sandbox {name:?} was not detached: the program that started it has to let it go first"
+    )]
+    NotDetached {
+        /// The sandbox.
+        name: String,
+        /// The session.
+        session: u32,
+    },
     /// The command can take no more input before its output is read.
     #[error(
         "the command waits for its output to be taken: read it, then write the rest ({written} bytes were written)"
@@ -343,6 +361,12 @@ impl Error {
             Refused::TooManySessions { max } => {
                 Self::Process { name, why: format!("{operation}: {max} sessions run, which is all it takes") }
             }
+            Refused::NoSuchSession { session } => Self::NoSuchSession { name, session },
+            Refused::NotDetached { session } => Self::NotDetached { name, session },
+            Refused::Overrun => Self::Process {
+                name,
+                why: format!("{operation}: the guest sent more than the session's window"),
+            },
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use cubby_protocol::message::{Credit, Exited, Open, Rlimit, Signal, Started, TtySize};
+use cubby_protocol::message::{Credit, Exited, Open, Request, Rlimit, Signal, Started, TtySize};
 use cubby_protocol::{CHUNK, INITIAL_WINDOW, Kind, decode};
 
 use crate::connection::{ConnectionError, Incoming, Session};
@@ -150,9 +150,12 @@ pub enum ExecEvent {
 }
 
 /// A running command. Output is taken with [`ExecHandle::next`]; a command whose output nobody takes stops
-/// in its `write` once its window (512 KiB) is full. Dropping the handle kills the command.
+/// in its `write` once its window (512 KiB) is full. Dropping the handle kills the command, unless it was detached
+/// ([`ExecHandle::detach`]).
 pub struct ExecHandle {
     session: Session,
+    /// The session's number in the sandbox.
+    number: u32,
     program: Arc<str>,
     link: Arc<Link>,
     /// Bytes taken by the caller for which no credit was given back yet.
@@ -162,25 +165,65 @@ pub struct ExecHandle {
     /// Frames that came while something else was awaited.
     early: VecDeque<Incoming>,
     ended: bool,
+    /// It is a way into a session that was detached, and not its own.
+    attached: bool,
 }
 
 impl ExecHandle {
     /// Starts a command.
     pub(crate) async fn start(link: &Arc<Link>, open: &Open) -> R<Self> {
-        Ok(Self {
-            session: link.open_session(open).await?,
-            program: open.program.as_str().into(),
+        Ok(Self::of(link, link.open_session(open).await?, &open.program, false))
+    }
+
+    /// Joins a session that was detached.
+    pub(crate) async fn attach(link: &Arc<Link>, session: u32) -> R<Self> {
+        let way = link.attach(session).await?;
+        let mut handle = Self::of(link, way, &format!("session {session}"), true);
+        handle.number = session;
+        let first = handle.receive().await?;
+        if first.kind == Kind::Refused {
+            handle.end();
+            return Err(Error::refused(link.name(), "attach", decode(&first.payload)?));
+        }
+        handle.early.push_back(first);
+        Ok(handle)
+    }
+
+    fn of(link: &Arc<Link>, session: Session, program: &str, attached: bool) -> Self {
+        Self {
+            number: session.out.id.0,
+            session,
+            program: program.into(),
             link: link.clone(),
             owed: 0,
             room: Room::new(INITIAL_WINDOW),
             early: VecDeque::new(),
             ended: false,
-        })
+            attached,
+        }
     }
 
-    /// The session's number on this connection.
+    /// The session's number, by which [`Sandbox::attach`](crate::Sandbox::attach) finds it once it is detached, in whatever
+    /// program. No other session of this run of the sandbox has it.
     pub fn id(&self) -> u32 {
-        self.session.out.id.0
+        self.number
+    }
+
+    /// Lets the command go on without this program, whatever becomes of that. Its output is then nobody's, and it runs as
+    /// if it were read, until somebody attaches to it ([`Sandbox::attach`](crate::Sandbox::attach)); its last 256 KiB are
+    /// kept. A sandbox that drains waits for it, and one with an idle time-out is not idle.
+    ///
+    /// A command that has just ended is kept as one that was detached before; of an end that lies longer back,
+    /// [`Error::NoSuchSession`] says that nothing is left. At most 256 detached commands can run in a sandbox.
+    pub async fn detach(mut self) -> R<()> {
+        if !self.attached {
+            let request = Request::DetachSession { session: self.number };
+            let reply = self.session.out.connection().call(request).await;
+            self.link.answer(reply, "detach").await?;
+            // The number is nothing of this connection's any more.
+            self.end();
+        }
+        Ok(())
     }
 
     /// What the command does next; `None` once it has ended. A command that could not run is an error, as is
@@ -400,9 +443,11 @@ impl Drop for ExecHandle {
     fn drop(&mut self) {
         // Nobody will hear of more room.
         self.room.close();
-        if !self.ended {
-            const SIGKILL: i32 = 9;
-            self.session.out.push(Kind::Signal, &Signal { number: SIGKILL });
+        const SIGKILL: i32 = 9;
+        match (self.ended, self.attached) {
+            (true, _) => {}
+            (false, true) => self.session.out.abandon(),
+            (false, false) => self.session.out.push(Kind::Signal, &Signal { number: SIGKILL }),
         }
     }
 }

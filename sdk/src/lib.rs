@@ -35,11 +35,13 @@ mod images;
 mod input;
 mod launch;
 mod link;
+mod logs;
 mod metrics;
 mod openmetrics;
 mod outbox;
 mod reaper;
 mod sandbox;
+mod sessions;
 
 pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};
 pub use error::{Error, EventFault, ExecErrorKind, R};
@@ -52,9 +54,11 @@ pub use host::{HostReport, check_host, home};
 pub use images::Image;
 pub use input::ExecInput;
 pub use launch::BootPhase;
+pub use logs::{LogLine, LogOptions, LogSource};
 pub use metrics::{CpuMetrics, DiskMetrics, InterfaceMetrics, MemoryMetrics, Metrics};
 pub use openmetrics::openmetrics;
 pub use sandbox::{Inspection, Sandbox, SandboxHandle};
+pub use sessions::{SessionEnd, SessionInfo};
 
 pub use cubby_image::Progress as ImageProgress;
 pub use cubby_state::{ExitReason, ExitReport, ImageDefaults, Mistake, SandboxConfig, Status};

@@ -129,14 +129,32 @@ impl Link {
         }
     }
 
+    /// Another way into a detached session.
+    pub(crate) async fn attach(&self, session: u32) -> R<Session> {
+        let connection = self.connection("attach").await?;
+        match connection.attach(session).await {
+            Ok(session) => Ok(session),
+            Err(error) => Err(self.lost(error, "attach").await),
+        }
+    }
+
     /// Asks the sandbox process for something.
     pub(crate) async fn call(&self, request: Request, event: Event) -> R<()> {
-        let operation = event.as_str();
+        self.ask(request, event.as_str()).await.map(drop)
+    }
+
+    /// Asks the sandbox process for an answer.
+    pub(crate) async fn ask(&self, request: Request, operation: &str) -> R<Reply> {
         let connection = self.connection(operation).await?;
-        match connection.call(request).await {
+        self.answer(connection.call(request).await, operation).await
+    }
+
+    /// What an answer of the sandbox process means.
+    pub(crate) async fn answer(&self, reply: Result<Reply, ConnectionError>, operation: &str) -> R<Reply> {
+        match reply {
             Ok(Reply::Refused(refused)) => Err(Error::refused(self.name(), operation, refused)),
             Ok(Reply::Failed(why)) => Err(Error::Process { name: self.name().into(), why }),
-            Ok(Reply::Done | Reply::Status(_)) => Ok(()),
+            Ok(reply) => Ok(reply),
             Err(error) => Err(self.lost(error, operation).await),
         }
     }

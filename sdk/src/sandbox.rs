@@ -27,7 +27,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const BOOT_TIMEOUT_MS: u64 = 120_000;
 
 /// A sandbox. Clones share one connection; dropping all of them ends the connection, and with it the commands
-/// they started, but not the sandbox.
+/// they started and have not detached, but not the sandbox.
 #[derive(Clone)]
 pub struct Sandbox {
     pub(crate) link: Arc<Link>,

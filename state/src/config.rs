@@ -170,6 +170,9 @@ pub struct SandboxConfig {
     /// Whether it is removed when it ends.
     #[serde(default)]
     pub ephemeral: bool,
+    /// Whether what its sessions and its console write is kept.
+    #[serde(default = "default_logs")]
+    pub logs: bool,
     /// Ports of the host that lead into it; no port of the host twice.
     #[serde(default)]
     pub ports: Vec<Port>,
@@ -195,6 +198,10 @@ const fn default_disk() -> u32 {
 
 const fn default_clients() -> u16 {
     16
+}
+
+const fn default_logs() -> bool {
+    true
 }
 
 /// One thing that is wrong with a configuration.
@@ -254,6 +261,7 @@ impl SandboxConfig {
             idle_timeout_s: None,
             max_clients: default_clients(),
             ephemeral: false,
+            logs: default_logs(),
             ports: Vec::new(),
             network: NetworkPolicy::default(),
             runtime: None,

@@ -188,6 +188,12 @@ impl Home {
         self.sandbox(name).join("disk.ext4")
     }
 
+    /// The files of what the sandbox has written ([`crate::log`]), which take turns.
+    #[must_use]
+    pub fn logs(&self, name: &SandboxName) -> [PathBuf; 2] {
+        ["log.0", "log.1"].map(|file| self.sandbox(name).join(file))
+    }
+
     /// The file that the sandbox's process holds locked while it lives.
     #[must_use]
     pub fn lock(&self, name: &SandboxName) -> PathBuf {

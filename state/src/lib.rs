@@ -17,6 +17,7 @@ pub mod exit;
 pub mod home;
 pub mod launch;
 pub mod liveness;
+pub mod log;
 pub mod machine;
 pub mod store;
 

@@ -16,7 +16,7 @@ use tokio::process::Command;
 use super::CUBBY;
 use super::terminal::{Terminal, flags};
 
-fn command(arguments: &[&str]) -> Command {
+pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(CUBBY);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.kill_on_drop(true);
@@ -24,7 +24,7 @@ fn command(arguments: &[&str]) -> Command {
 }
 
 /// Runs the command to its end.
-async fn cubby(arguments: &[&str]) -> Output {
+pub async fn cubby(arguments: &[&str]) -> Output {
     within(&arguments.join(" "), command(arguments).output()).await.unwrap()
 }
 
@@ -38,17 +38,17 @@ async fn cubby_reading(arguments: &[&str], input: &[u8]) -> Output {
     within(&arguments.join(" "), async { tokio::join!(child.wait_with_output(), write) }).await.0.unwrap()
 }
 
-fn text(bytes: &[u8]) -> &str {
+pub fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
 /// What a command printed that had to go well.
-fn printed(output: &Output) -> &str {
+pub fn printed(output: &Output) -> &str {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     text(&output.stdout)
 }
 
-fn assert_ended(output: &Output, code: i32) {
+pub fn assert_ended(output: &Output, code: i32) {
     assert_eq!(output.status.code(), Some(code), "{:?} {}", output.status, text(&output.stderr));
 }
 

@@ -117,6 +117,20 @@ impl Terminal {
         }
     }
 
+    /// What is written up to the end of the line.
+    pub fn line(&mut self) -> String {
+        while !self.shown.contains('\n') {
+            assert!(self.take(BOUND), "no line, but {:?}", self.shown);
+        }
+        let end = self.shown.find('\n').unwrap_or_default();
+        self.shown.drain(..=end).collect()
+    }
+
+    /// Whether the program has not ended.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     pub fn modes(&self) -> Termios {
         tcgetattr(&self.ours).unwrap()
     }

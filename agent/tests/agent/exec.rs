@@ -2,10 +2,10 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use cubby_protocol::message::{ExecFailure, Exited, Open, Rlimit, TtySize};
-use cubby_protocol::{Kind, SessionId};
+use cubby_protocol::message::{ExecFailure, Exited, Open, Rlimit, Started, TtySize};
+use cubby_protocol::{Kind, SessionId, decode};
 
-use crate::client::{Agent, End, Outcome, command, shell};
+use crate::client::{Agent, End, Outcome, command, shell, wait_gone};
 
 #[test]
 fn output_and_exit_code_come_back() {
@@ -176,4 +176,41 @@ fn session_numbers_may_come_again_when_they_are_free() {
     assert_eq!(client.frame().unwrap().0, Kind::Started);
     client.send(Kind::Open, SessionId(9), &command("true", &[]));
     assert_eq!(client.frame().unwrap().0, Kind::Refused);
+}
+
+#[test]
+fn an_abandoned_session_is_killed_in_silence_and_no_other() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let kept = client.open(&Open { stdin: true, ..command("cat", &[]) });
+    // One that is silent, and one whose window is used up.
+    let silent = client.open(&command("sleep", &["1000"]));
+    let pids = [kept, silent].map(|id| client.until(id, |outcome| outcome.pid.is_some()).pid.unwrap());
+    let loud = SessionId(1000);
+    client.send(Kind::Open, loud, &command("yes", &[]));
+    let mut pid = 0;
+    let mut taken = 0;
+    while taken < cubby_protocol::INITIAL_WINDOW as usize {
+        let (kind, id, payload) = client.frame().unwrap();
+        assert_eq!(id, loud);
+        match kind {
+            Kind::Started => pid = decode::<Started>(&payload).unwrap().pid,
+            _ => taken += payload.len(),
+        }
+    }
+    for id in [silent, loud] {
+        client.send_raw(Kind::Abandon, id, b"");
+        // Once more, and for one that never was, it is nothing.
+        client.send_raw(Kind::Abandon, id, b"");
+    }
+    client.send_raw(Kind::Abandon, SessionId(77), b"");
+    wait_gone(pids[1]);
+    wait_gone(pid);
+    // Nothing was said of them: what comes next is the other one's.
+    client.send_raw(Kind::Stdin, kept, b"still here");
+    let (kind, id, payload) = client.frame().unwrap();
+    assert_eq!((kind, id, payload.as_slice()), (Kind::Stdout, kept, &b"still here"[..]));
+    client.send_raw(Kind::StdinClose, kept, b"");
+    assert_eq!(client.wait(kept).code(), 0);
+    assert_eq!(client.run(&command("true", &[])).code(), 0);
 }

@@ -310,6 +310,36 @@ fn the_store_is_still_written() {
 }
 
 #[test]
+fn the_log_is_still_written_and_its_files_take_turns() {
+    use crate::output_log::OutputLog;
+    use cubby_protocol::{Kind as Frame, SessionId};
+    let open = |home: &Home| {
+        let name: SandboxName = "worker".parse().unwrap();
+        home.create_sandbox(&name).unwrap();
+        (OutputLog::open(&home.logs(&name)).unwrap(), home.logs(&name).map(|path| File::open(path).unwrap()))
+    };
+    lets(&[Kind::Main], open, |(mut log, files)| {
+        // Each is emptied once at least.
+        for _ in 0..60 {
+            log.output(SessionId(1), Frame::Stdout, false, &[b'x'; 250 << 10]);
+            log.write();
+        }
+        for file in files {
+            assert!((1 << 20..=4 << 20).contains(&file.metadata().unwrap().len()));
+        }
+    });
+    // What a vCPU leaves for it wakes the main thread.
+    let tap = |_: &Home| crate::console_tap::ConsoleTap::new().unwrap();
+    lets(&[Kind::Vmm(ThreadKind::Vcpu)], tap, |tap| {
+        io::Write::write_all(&mut tap.with(Box::new(io::sink())), b"line\n").unwrap();
+    });
+    lets(&[Kind::Main], tap, |tap| {
+        io::Write::write_all(&mut tap.with(Box::new(io::sink())), b"line\n").unwrap();
+        assert_eq!(tap.take().0, b"line\n");
+    });
+}
+
+#[test]
 fn the_end_is_still_told_as_what_it_was() {
     let told = |kind| {
         locked_in(

@@ -1,7 +1,7 @@
 //! Another program that uses sandboxes, for promises about what happens between processes. It prints what it
 //! sees, a line at a time, and ends when its standard input does.
 //!
-//! `cubby-test-client attached|detached|detaching|hold|flood NAME | run NAME SCRIPT | list |
+//! `cubby-test-client attached|detached|detaching|hold|flood|leave NAME | run NAME SCRIPT | list |
 //! endurance NAME WARM_UP TOTAL | create NAME IMAGE | chaos PREFIX SEED COUNT | remove-all |
 //! full-disk NAME`
 #![forbid(unsafe_code)]
@@ -33,6 +33,7 @@ async fn main() {
             hold(sandbox).await;
         }
         ["flood", name] => flood(name).await,
+        ["leave", name] => leave(name).await,
         ["run", name, script] => {
             let output = Sandbox::get(name).await.unwrap().shell(script).await.unwrap();
             print!("{}", output.stdout().unwrap());
@@ -74,6 +75,21 @@ async fn flood(name: &str) {
             told = true;
         }
     }
+}
+
+/// Has three commands, lets one of them go, prints its number, and takes nothing of what the others write.
+async fn leave(name: &str) {
+    let sandbox = Sandbox::get(name).await.unwrap();
+    let silent = sandbox.exec_stream("sleep", ["86420"]).await.unwrap();
+    let _loud = sandbox.exec_stream("yes", ["86421"]).await.unwrap();
+    let script = "echo before; while read line; do echo \"got $line\"; done; echo over >&2; exit 7";
+    let mut kept = sandbox.shell_stream(script).await.unwrap();
+    let id = kept.id();
+    while !matches!(kept.next().await.unwrap().unwrap(), ExecEvent::Stdout(_)) {}
+    kept.detach().await.unwrap();
+    println!("{id}");
+    hold(sandbox).await;
+    drop(silent);
 }
 
 /// Runs commands one after another and tells what this process, the sandbox process and the agent hold.
