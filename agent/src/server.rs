@@ -31,6 +31,17 @@ pub const MAX_CLIENTS: u16 = 1000;
 
 const SIGKILL: i32 = 9;
 
+/// What an event says of the end of a child.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Sign {
+    /// Nothing.
+    None,
+    /// A command has closed a stream, as it does just before its end, and perhaps long before.
+    HungUp,
+    /// A child has ended.
+    Ended,
+}
+
 /// Who may connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peers {
@@ -111,12 +122,16 @@ impl Server {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno),
             };
-            let mut child_ended = false;
+            let mut sign = Sign::None;
             for event in events {
-                child_ended |= self.on_event(*event);
+                sign = sign.max(self.on_event(*event));
             }
-            child_ended |= self.receive();
-            if child_ended {
+            if sign == Sign::HungUp {
+                // An exit closes one stream after another and then the process: let it, and take all of it in one turn.
+                std::thread::yield_now();
+            }
+            let stops = self.receive();
+            if sign > Sign::None || stops {
                 self.reap()?;
             }
             self.pass_time();
@@ -142,10 +157,10 @@ impl Server {
         Timespec::try_from(wait).ok()
     }
 
-    fn on_event(&mut self, event: epoll::Event) -> bool {
+    fn on_event(&mut self, event: epoll::Event) -> Sign {
         let (data, flags) = (event.data, event.flags);
         match Token::from(data.u64()) {
-            Token::Children => return true,
+            Token::Children => return Sign::Ended,
             Token::Control => self.control.iter_mut().for_each(Control::on_event),
             Token::Listener => self.accept(),
             Token::Client(slot) => {
@@ -157,14 +172,21 @@ impl Server {
                 if let Some(client) = self.clients.get_mut(&slot) {
                     client.on_session_event(id, which, flags);
                 }
+                if flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
+                    return Sign::HungUp;
+                }
             }
             Token::Held(number) => self.drain(number),
             Token::Events => self.shared.events.accept(&self.shared.epoll),
             Token::Guest(number) => self.shared.events.on_event(number, flags),
             // While the guest shuts down, the last thread may be what it waits for.
-            Token::Files => return self.on_files() && self.stopping.is_some(),
+            Token::Files => {
+                if self.on_files() && self.stopping.is_some() {
+                    return Sign::Ended;
+                }
+            }
         }
-        false
+        Sign::None
     }
 
     /// Hands out what was done with files. Whether nothing more is under way.
