@@ -2,15 +2,16 @@
 //! for them.
 //!
 //! `cargo bench` on the wall clock, `cargo xtask bench --icount` on the instruction clock. Text goes to standard
-//! output; `bench/boot-CLOCK.json` and `.svg` to the target directory.
+//! output; `bench/boot-CLOCK.json` and `.svg` to the target directory. On the instruction clock it fails if a promise of
+//! SPEC.md was broken.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use cubby_benches::{Report, Samples, boot_picture};
+use cubby_benches::{Report, Samples, boot_picture, broken_promises};
 use cubby_state::{ExitReason, ExitReport, Home, SandboxConfig, SandboxName, Store};
-use cubbyhole::{Error, Sandbox};
+use cubbyhole::{Error, ExecEvent, Sandbox};
 
 /// Boots measured, after one that fills the caches.
 const BOOTS: usize = 7;
@@ -35,7 +36,15 @@ fn main() {
     };
     print!("{}", report.table());
     write(&report);
+    let broken = if report.clock == INSTRUCTIONS { broken_promises(&report) } else { Vec::new() };
+    broken.iter().for_each(|promise| eprintln!("boot: broken: {promise}"));
+    if !broken.is_empty() {
+        std::process::exit(1);
+    }
 }
+
+/// The name of the clock on which promises are kept.
+const INSTRUCTIONS: &str = "instructions";
 
 /// Which clock times are read from: whoever runs this on an instruction clock says so.
 fn clock() -> String {
@@ -74,19 +83,23 @@ async fn boot(image: &str, samples: &mut Samples) -> Result<(), Error> {
         assert!(output?.success());
         let (output, shell_time) = timed(sandbox.shell("echo hello")).await;
         assert_eq!(output?.stdout()?, "hello\n");
+        let first_byte_time = first_byte(&sandbox).await?;
         if round >= WARM_UP {
             samples.add("ping", ping_time);
             samples.add("exec true", exec_time);
             samples.add("shell echo", shell_time);
+            samples.add("shell first byte", first_byte_time);
         }
     }
-    for _ in 0..PAUSES {
+    for round in 0..=PAUSES {
+        let (pause, resume) =
+            if round == 0 { ("pause, first", "resume, first") } else { ("pause", "resume") };
         let (paused, time) = timed(sandbox.pause()).await;
         paused?;
-        samples.add("pause", time);
+        samples.add(pause, time);
         let (resumed, time) = timed(sandbox.resume()).await;
         resumed?;
-        samples.add("resume", time);
+        samples.add(resume, time);
     }
     let (stopped, time) = timed(sandbox.stop()).await;
     stopped?;
@@ -96,6 +109,19 @@ async fn boot(image: &str, samples: &mut Samples) -> Result<(), Error> {
     killed?;
     samples.add("kill", time);
     Sandbox::remove(&name).await
+}
+
+/// How long until a shell's first output is in the caller's hands.
+async fn first_byte(sandbox: &Sandbox) -> Result<Duration, Error> {
+    let begin = Instant::now();
+    let mut shell = sandbox.shell_stream("echo hello").await?;
+    let mut time = None;
+    while let Some(event) = shell.next().await {
+        if let ExecEvent::Stdout(_) = event? {
+            time.get_or_insert(begin.elapsed());
+        }
+    }
+    Ok(time.expect("the shell wrote"))
 }
 
 /// The list of a store that many sandboxes are in; none of them runs.

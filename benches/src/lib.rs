@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod picture;
+mod promises;
 mod samples;
 
 pub use picture::boot_picture;
+pub use promises::broken_promises;
 pub use samples::{Report, Samples, Summary};
