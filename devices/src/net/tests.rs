@@ -698,6 +698,9 @@ fn a_card_stops_and_another_continues_where_it_was() {
     rig.transport.start(&serde_json::from_str(&transport).unwrap()).unwrap();
     assert_eq!(rig.net().mac().octets(), MAC);
     assert!(!rig.accept().tcp4 && rig.accept().tcp6);
+    let mut status = [0xff; 2];
+    rig.net().read_config(6, &mut status);
+    assert_eq!(status, [0, 0], "the cable is still out");
     rig.net().set_link(true);
     rig.wait(Offload::default(), &frame(300));
     let _ = (rig.kick(RX), rig.kick(TX));
