@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use cubby_network_policy::Direction;
 
-use super::endpoint::{Endpoint, Phase, Segment};
+use super::endpoint::{Endpoint, Phase};
+use super::segment::Segment;
 use crate::emit::Ends;
 use crate::ring::Pool;
 use crate::socket;
