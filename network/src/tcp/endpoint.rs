@@ -206,12 +206,13 @@ impl Endpoint {
         self.heard_all && self.receiving.is_empty()
     }
 
-    /// How many more bytes for the guest are worth having: its window, as far as it is not filled.
+    /// How many more bytes for the guest are worth having: its window, as far as it is not filled. For a closed window it is one,
+    /// to probe it for.
     pub(crate) fn appetite(&self) -> usize {
         if self.phase != Phase::Open || self.finish {
             return 0;
         }
-        self.window.min(SEND).saturating_sub(self.sending.len())
+        self.window.clamp(1, SEND).saturating_sub(self.sending.len())
     }
 
     /// Where bytes for the guest go.
@@ -534,6 +535,7 @@ impl Endpoint {
                     self.missing = self.missing.saturating_sub(1);
                     self.acknowledgement(self.highest, pool)
                 } else {
+                    self.arm(now);
                     return None;
                 }
             }
