@@ -150,6 +150,9 @@ fn upwards(payload: usize) -> Duration {
         }
         guest.receive();
     }
+    while !server.is_finished() {
+        guest.receive();
+    }
     server.join().unwrap();
     begin.elapsed()
 }
