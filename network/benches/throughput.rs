@@ -18,7 +18,7 @@ use smoltcp::wire::{
     TcpPacket, TcpRepr, TcpSeqNumber,
 };
 
-const BYTES: usize = 2 << 30;
+const BYTES: usize = 1 << 30;
 const ROUNDS: usize = 5;
 const HEADERS: usize = 14 + 20 + 20;
 /// The checksum is left to the stack, as a guest's driver does.
@@ -64,6 +64,8 @@ struct Guest {
     /// What the stack has acknowledged, and what of its bytes has come.
     acked: u32,
     heard: u32,
+    /// What the stack takes beyond that.
+    window: u32,
 }
 
 impl Guest {
@@ -76,7 +78,7 @@ impl Guest {
         let link = config.addresses.clone();
         let mut stack = Stack::new(config, Instant::now()).unwrap();
         stack.set_offloads(GuestOffloads { checksum: true, tso4: true, tso6: true });
-        Guest { stack, link, seq: 0, acked: 0, heard: 0 }
+        Guest { stack, link, seq: 0, acked: 0, heard: 0, window: 0 }
     }
 
     fn send(&mut self, frame: &mut [u8]) {
@@ -96,6 +98,9 @@ impl Guest {
             let number = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap());
             let payload = first.len() + second.len();
             let syn = u32::from(head[47] & 2 != 0);
+            // That of a SYN is not scaled.
+            let shift = if syn == 1 { 0 } else { 4 };
+            self.window = u32::from(u16::from_be_bytes(head[48..50].try_into().unwrap())) << shift;
             self.acked = number(42);
             self.heard = number(38).wrapping_add(u32::try_from(payload).unwrap()).wrapping_add(syn);
             heard += payload;
@@ -137,11 +142,15 @@ fn upwards(payload: usize) -> Duration {
     let begin = Instant::now();
     let mut sent = 0;
     while sent < BYTES {
-        while guest.seq.wrapping_sub(guest.acked) < 448 << 10 && sent < BYTES {
+        let len = u32::try_from(payload).unwrap();
+        while guest.seq.wrapping_sub(guest.acked) + len <= guest.window && sent < BYTES {
             guest.send(&mut segment);
-            guest.seq = guest.seq.wrapping_add(u32::try_from(payload).unwrap());
+            guest.seq = guest.seq.wrapping_add(len);
             sent += payload;
         }
+        guest.receive();
+    }
+    while !server.is_finished() {
         guest.receive();
     }
     server.join().unwrap();

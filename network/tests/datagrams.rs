@@ -97,6 +97,28 @@ fn the_gateway_answers_pings() {
     }
 }
 
+/// Whether this user may ping is the host's to say; the guest hears of it either way.
+#[test]
+fn a_ping_of_the_host_is_answered_or_refused_as_the_host_permits() {
+    let link = addresses();
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ping_group_range").unwrap();
+    let range: Vec<u64> = range.split_whitespace().map(|word| word.parse().unwrap()).collect();
+    let group = u64::from(rustix::process::getegid().as_raw());
+    let permitted = (range[0]..=range[1]).contains(&group);
+    for to in [IpAddr::from(link.host_v4), link.host_v6.into()] {
+        let mut guest = Guest::new(all());
+        guest.keep = true;
+        let frame = wire::echo(&link, to, 7, 9, b"hello");
+        guest.stack.transmit(&frame, &Default::default(), Instant::now());
+        let seen = next(&mut guest);
+        if permitted {
+            assert_eq!(seen, Seen::Echo { from: to, ident: 7, sequence: 9, data: b"hello".to_vec() });
+        } else {
+            assert!(matches!(seen, Seen::Unreachable { code: 13 | 1, .. }), "{seen:?}");
+        }
+    }
+}
+
 #[test]
 fn a_ping_that_is_denied_is_told_so() {
     let link = addresses();

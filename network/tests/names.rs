@@ -249,6 +249,19 @@ fn a_long_answer_is_cut_short_by_udp_and_whole_by_tcp() {
 }
 
 #[test]
+fn who_asks_by_tcp_and_ends_at_once_still_gets_all_answers() {
+    let mut guest = asking(NetworkPolicy::public(), Vec::new());
+    guest.keep = false;
+    let socket = guest.connect(SocketAddr::new(addresses().gateway_v4.into(), 53));
+    guest.until("it is open", |guest| guest.tcp(socket).may_send());
+    // Twenty questions and the end in one segment; more than are worked on at once.
+    let asked = question(9, HOST_NAME, 1);
+    let one = [&u16::try_from(asked.len()).unwrap().to_be_bytes(), asked.as_slice()].concat();
+    let heard = guest.exchange(socket, &one.repeat(20));
+    assert_eq!(heard.len(), 20 * (one.len() + 16));
+}
+
+#[test]
 fn questions_that_are_none_are_answered_so_or_not_at_all() {
     let link = addresses();
     let mut guest = asking(NetworkPolicy::public(), Vec::new());

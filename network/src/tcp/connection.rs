@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use cubby_network_policy::Direction;
 
-use super::endpoint::{Endpoint, Phase, Segment};
+use super::endpoint::{Endpoint, Phase};
+use super::segment::Segment;
 use crate::emit::Ends;
 use crate::ring::Pool;
 use crate::socket;
@@ -50,12 +51,20 @@ impl Inbox {
         n
     }
 
+    /// The length of the first message, if it is whole.
+    fn whole(&self) -> Option<usize> {
+        let len = 2 + usize::from(u16::from_be_bytes(*self.bytes.first_chunk()?));
+        (self.bytes.len() >= len).then_some(len)
+    }
+
+    /// Whether nothing is left to answer.
+    fn is_done(&self) -> bool {
+        self.unanswered == 0 && self.whole().is_none()
+    }
+
     /// Takes the first message, if it is whole and not too much is under way.
     pub(super) fn take(&mut self) -> Option<Vec<u8>> {
-        let len = 2 + usize::from(u16::from_be_bytes(*self.bytes.first_chunk()?));
-        if self.bytes.len() < len || self.unanswered >= UNANSWERED {
-            return None;
-        }
+        let len = self.whole().filter(|_| self.unanswered < UNANSWERED)?;
         self.unanswered += 1;
         let rest = self.bytes.split_off(len);
         let message = std::mem::replace(&mut self.bytes, rest);
@@ -152,7 +161,7 @@ impl Connection {
                     // It fails if the peer has broken off, which reading tells too.
                     let _ = stream.shutdown(Shutdown::Write);
                 }
-                Far::Resolver(inbox) if inbox.unanswered > 0 => {}
+                Far::Resolver(inbox) if !inbox.is_done() => {}
                 Far::Resolver(_) => {
                     self.shut = true;
                     self.near.finish();

@@ -11,6 +11,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::segment::{Outgoing, Segment};
 use super::seq::Seq;
 use crate::ring::{Pool, Ring};
 
@@ -33,71 +34,6 @@ const TIME_WAIT: Duration = Duration::from_secs(1);
 const DEFAULT_MSS: u16 = 536;
 /// Less would be a trap: 64 KiB in segments of some bytes.
 const LEAST_MSS: u16 = 88;
-
-/// A segment from the guest, checked.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Segment<'a> {
-    pub(crate) seq: Seq,
-    pub(crate) ack: Option<Seq>,
-    pub(crate) syn: bool,
-    pub(crate) fin: bool,
-    pub(crate) rst: bool,
-    pub(crate) window: u16,
-    pub(crate) scale: Option<u8>,
-    pub(crate) mss: Option<u16>,
-    pub(crate) payload: &'a [u8],
-}
-
-impl Segment<'_> {
-    /// Sequence numbers that it takes up.
-    pub(crate) fn len(&self) -> usize {
-        self.payload.len() + usize::from(self.syn) + usize::from(self.fin)
-    }
-}
-
-/// A segment for the guest. Its payload is [`Endpoint::payload`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Outgoing {
-    pub(crate) seq: Seq,
-    pub(crate) ack: Option<Seq>,
-    pub(crate) syn: bool,
-    pub(crate) fin: bool,
-    pub(crate) rst: bool,
-    pub(crate) psh: bool,
-    pub(crate) window: u16,
-    pub(crate) scale: Option<u8>,
-    pub(crate) mss: Option<u16>,
-    /// Where the payload begins in what is kept for the guest, and how long it is.
-    pub(crate) offset: usize,
-    pub(crate) len: usize,
-}
-
-impl Outgoing {
-    /// A reset, as it answers a segment that belongs to no connection (RFC 9293 §3.10.7.1).
-    pub(crate) fn reset_for(segment: &Segment<'_>) -> Self {
-        let (seq, ack) = match segment.ack {
-            Some(ack) => (ack, None),
-            None => (Seq(0), Some(segment.seq.plus(segment.len()))),
-        };
-        Outgoing { rst: true, ..Self::bare(seq, ack) }
-    }
-
-    fn bare(seq: Seq, ack: Option<Seq>) -> Self {
-        Outgoing {
-            seq,
-            ack,
-            syn: false,
-            fin: false,
-            rst: false,
-            psh: false,
-            window: 0,
-            scale: None,
-            mss: None,
-            offset: 0,
-            len: 0,
-        }
-    }
-}
 
 /// Where a connection is. Half-closed states are told by [`Endpoint::finished`] and [`Endpoint::heard_all`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -270,12 +206,13 @@ impl Endpoint {
         self.heard_all && self.receiving.is_empty()
     }
 
-    /// How many more bytes for the guest are worth having: its window, as far as it is not filled.
+    /// How many more bytes for the guest are worth having: its window, as far as it is not filled. For a closed window it is one,
+    /// to probe it for.
     pub(crate) fn appetite(&self) -> usize {
         if self.phase != Phase::Open || self.finish {
             return 0;
         }
-        self.window.min(SEND).saturating_sub(self.sending.len())
+        self.window.clamp(1, SEND).saturating_sub(self.sending.len())
     }
 
     /// Where bytes for the guest go.
@@ -598,6 +535,7 @@ impl Endpoint {
                     self.missing = self.missing.saturating_sub(1);
                     self.acknowledgement(self.highest, pool)
                 } else {
+                    self.arm(now);
                     return None;
                 }
             }
@@ -640,3 +578,6 @@ impl Endpoint {
         Outgoing { window, ..Outgoing::bare(seq, Some(self.expected)) }
     }
 }
+
+#[cfg(test)]
+mod tests;

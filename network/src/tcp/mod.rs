@@ -2,9 +2,10 @@
 
 mod connection;
 mod endpoint;
+mod segment;
 mod seq;
 mod table;
 
-pub(crate) use endpoint::{Outgoing, Segment};
+pub(crate) use segment::{Outgoing, Segment};
 pub(crate) use seq::Seq;
 pub(crate) use table::{Due, Ready, Table};

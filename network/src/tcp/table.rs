@@ -9,7 +9,8 @@ use cubby_network_policy::{Direction, Protocol};
 use rustix::net::sockopt;
 
 use super::connection::{Connection, Far, Inbox};
-use super::endpoint::{Ending, Endpoint, Outgoing, Phase, Segment};
+use super::endpoint::{Ending, Endpoint, Phase};
+use super::segment::{Outgoing, Segment};
 use super::seq::Seq;
 use crate::emit::{self, Ends, Unreachable};
 use crate::events::DeniedBy;
