@@ -2,6 +2,7 @@
 //!
 //! `cargo run --example events [IMAGE]`
 use cubbyhole::{Error, Sandbox};
+use serde_json::Value;
 
 /// What runs in the guest. It needs nothing but a socket.
 const WORKER: &str = r#"
@@ -41,7 +42,8 @@ async fn main() -> Result<(), Error> {
             }
             "done" => {
                 done += 1;
-                println!("{} squared is {}", event.data["job"], event.data["square"]);
+                let number = |name| event.data.get(name).and_then(Value::as_u64).unwrap_or_default();
+                println!("{} squared is {}", number("job"), number("square"));
             }
             other => println!("nobody expected {other:?}"),
         }

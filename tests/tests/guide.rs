@@ -28,6 +28,7 @@ macro_rules! pages {
 pages! {
     the_first_sandbox: "first-sandbox.md",
     commands: "commands.md",
+    files: "files.md",
     events: "events.md",
     the_lifecycle: "lifecycle.md",
     images: "images.md",
@@ -162,6 +163,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("agent_loop", env!("CARGO_BIN_EXE_cubby-example-agent_loop")),
     ("commands", env!("CARGO_BIN_EXE_cubby-example-commands")),
     ("events", env!("CARGO_BIN_EXE_cubby-example-events")),
+    ("files", env!("CARGO_BIN_EXE_cubby-example-files")),
     ("lifecycle", env!("CARGO_BIN_EXE_cubby-example-lifecycle")),
     ("pool", env!("CARGO_BIN_EXE_cubby-example-pool")),
     ("run_code", env!("CARGO_BIN_EXE_cubby-example-run_code")),
