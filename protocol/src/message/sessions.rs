@@ -18,7 +18,8 @@ pub struct Welcome {
 impl Welcome {
     /// Whether a connection with these numbers may open a session of this one.
     pub fn allows(&self, session: u32) -> bool {
-        session != 0 && session.checked_sub(self.first).and_then(|ahead| ahead.checked_rem(self.step)) == Some(0)
+        session != 0
+            && session.checked_sub(self.first).and_then(|ahead| ahead.checked_rem(self.step)) == Some(0)
     }
 }
 
