@@ -100,14 +100,15 @@ pub(crate) struct OutputLog {
     start: usize,
     /// Bytes of output that were dropped before it.
     dropped: u64,
-    /// When records were written last.
-    written: Option<Instant>,
+    /// When records may be written next; a log that is kept has such a time.
+    next: Option<Instant>,
 }
 
 impl OutputLog {
     /// Goes on with the log in these files.
     pub(crate) fn open(paths: &[PathBuf; 2]) -> io::Result<Self> {
-        let mut log = Self { files: Some(Files::open(paths)?), ..Self::default() };
+        let (files, next) = (Some(Files::open(paths)?), Some(Instant::now()));
+        let mut log = Self { files, next, ..Self::default() };
         log.push(Source::Begin, 0, &[]);
         Ok(log)
     }
@@ -167,13 +168,13 @@ impl OutputLog {
     /// When [`Self::write`] is to be called.
     pub(crate) fn due(&self) -> Option<Instant> {
         let waiting = self.pending.len() > self.start;
-        waiting.then(|| self.written.map_or_else(Instant::now, |written| written + EVERY))
+        self.next.filter(|_| waiting)
     }
 
     /// Writes what waits, if it is time.
     pub(crate) fn on_time(&mut self, now: Instant) {
         if self.due().is_some_and(|due| due <= now) {
-            self.written = Some(now);
+            self.next = Some(now + EVERY);
             self.write();
         }
     }
