@@ -249,16 +249,42 @@ fn a_long_answer_is_cut_short_by_udp_and_whole_by_tcp() {
 }
 
 #[test]
-fn who_asks_by_tcp_and_ends_at_once_still_gets_all_answers() {
-    let mut guest = asking(NetworkPolicy::public(), Vec::new());
+fn who_asks_by_tcp_and_ends_at_once_still_gets_the_answer() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (go, wait) = channel::<()>();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut len = [0; 2];
+        stream.read_exact(&mut len).unwrap();
+        let mut asked = vec![0; u16::from_be_bytes(len).into()];
+        stream.read_exact(&mut asked).unwrap();
+        wait.recv().unwrap();
+        let message = answer(&asked, 300, &[PUBLIC]);
+        stream.write_all(&u16::try_from(message.len()).unwrap().to_be_bytes()).unwrap();
+        stream.write_all(&message).unwrap();
+    });
+    let mut guest = asking(NetworkPolicy::public(), vec![address]);
     guest.keep = false;
     let socket = guest.connect(SocketAddr::new(addresses().gateway_v4.into(), 53));
     guest.until("it is open", |guest| guest.tcp(socket).may_send());
-    // Twenty questions and the end in one segment; more than are worked on at once.
-    let asked = question(9, HOST_NAME, 1);
-    let one = [&u16::try_from(asked.len()).unwrap().to_be_bytes(), asked.as_slice()].concat();
-    let heard = guest.exchange(socket, &one.repeat(20));
-    assert_eq!(heard.len(), 20 * (one.len() + 16));
+    // The question and the end are one segment.
+    let asked = question(9, "www.example.com", 1);
+    let whole = [&u16::try_from(asked.len()).unwrap().to_be_bytes(), asked.as_slice()].concat();
+    guest.tcp(socket).send_slice(&whole).unwrap();
+    guest.tcp(socket).close();
+    guest.until("the end is taken", |guest| guest.tcp(socket).state() != State::FinWait1);
+    assert_eq!(guest.tcp(socket).state(), State::FinWait2, "the other side has not ended");
+    go.send(()).unwrap();
+    let mut heard = Vec::new();
+    guest.until("the answer and the end come", |guest| {
+        let tcp = guest.tcp(socket);
+        if tcp.can_recv() {
+            tcp.recv(|data| (data.len(), heard.extend_from_slice(data))).unwrap();
+        }
+        !tcp.may_recv()
+    });
+    assert_eq!(addresses_of(&heard[2..], &asked), (0, vec![PUBLIC]));
 }
 
 #[test]
