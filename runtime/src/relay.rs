@@ -208,13 +208,8 @@ impl Relay {
             };
             let (notes, quota) = (&mut self.notes, &self.quota);
             let mut turn = Turn { vsock, gate, quota, notes, deeds: Vec::new() };
-            let mut outcome = client.pump(up, &mut turn);
+            let outcome = client.pump(up, &mut turn);
             let deeds = turn.deeds;
-            if let Some(for_room) = client.awaits_room()
-                && ops.modify(Events::with_data(client.socket(), id, interest(for_room))).is_err()
-            {
-                outcome = Err(Gone);
-            }
             self.used |= client.take_use();
             self.newest_session = self.newest_session.max(client.newest);
             self.take_notes();
@@ -233,6 +228,13 @@ impl Relay {
                 Ok(more) => {
                     if self.serve(id) || more || answered {
                         self.wake(id);
+                    }
+                    // All that this turn has written is written.
+                    if let Some(client) = self.clients.get_mut(&id)
+                        && let Some(for_room) = client.awaits_room()
+                        && ops.modify(Events::with_data(client.socket(), id, interest(for_room))).is_err()
+                    {
+                        self.remove(id, vsock, ops);
                     }
                 }
                 Err(Gone) => self.remove(id, vsock, ops),
