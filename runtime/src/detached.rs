@@ -37,9 +37,9 @@ impl Ended {
         let detached = command.is_detached();
         self.0.push_back(command);
         let most = if detached { REMEMBERED } else { JUST_ENDED };
-        let alike = |command: &&Box<Command>| command.is_detached() == detached;
-        if self.0.iter().filter(alike).count() > most
-            && let Some(oldest) = self.0.iter().position(|command| alike(&command))
+        let alike = |command: &Command| command.is_detached() == detached;
+        if self.0.iter().filter(|command| alike(command)).count() > most
+            && let Some(oldest) = self.0.iter().position(|command| alike(command))
         {
             self.0.remove(oldest);
         }

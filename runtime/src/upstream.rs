@@ -33,6 +33,7 @@ pub(crate) struct Notes {
     /// Clients that have something to read in a view.
     pub(crate) awake: Vec<u32>,
     /// Commands that have ended.
+    #[expect(clippy::vec_box, reason = "they come in their boxes and go on in them")]
     pub(crate) ended: Vec<Box<Command>>,
     /// Views that a guest has sent more than it may.
     pub(crate) lost: Vec<ViewId>,

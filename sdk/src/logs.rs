@@ -147,15 +147,18 @@ async fn deliver(
     out.retain(|line| options.wants(line));
     let skipped = options.tail.map_or(0, |tail| out.len().saturating_sub(tail));
     send(out.drain(..).skip(skipped), to).await?;
+    if !options.follow {
+        return Ok(());
+    }
     let mut quiet = 0;
-    while options.follow {
+    loop {
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}
             () = to.closed() => return Err(Unheard),
         }
         // Asked before the last look: what was written before it ended is there then.
         let over = quiet >= PATIENCE && !link.is_live().unwrap_or(false);
-        let Ok(records) = read(&mut reader).await else { break };
+        let Ok(records) = read(&mut reader).await else { return Ok(()) };
         if records.is_empty() {
             quiet += 1;
             // A question without a newline is to be seen before it is answered.
@@ -167,13 +170,12 @@ async fn deliver(
         out.retain(|line| options.wants(line));
         send(out.drain(..), to).await?;
         if over {
-            break;
+            return Ok(());
         }
         if quiet > PATIENCE {
             quiet = 0;
         }
     }
-    Ok(())
 }
 
 async fn send(lines: impl Iterator<Item = LogLine>, to: &mpsc::Sender<LogLine>) -> Result<(), Unheard> {

@@ -10,7 +10,8 @@ use super::terminal::{Terminal, flags};
 
 async fn session(name: &str, id: &str) -> Value {
     let listed: Value = serde_json::from_str(printed(&cubby(&["sessions", "--json", name]).await)).unwrap();
-    let found = listed.as_array().unwrap().iter().find(|session| session["id"].to_string() == id);
+    let number: u64 = id.parse().unwrap();
+    let found = listed.as_array().unwrap().iter().find(|session| session["id"] == number);
     found.cloned().unwrap_or(Value::Null)
 }
 
