@@ -54,7 +54,7 @@ pub use mux::{Counters, TooManyStreams};
 pub use stream::Reason;
 
 /// Bytes from the guest that a stream keeps until they are consumed: the credit each stream has.
-pub const BUF_ALLOC: u32 = 256 << 10;
+pub const BUF_ALLOC: u32 = 260 << 10;
 /// Bytes to the guest that a stream keeps until the guest takes them.
 pub const SEND_BUFFER: usize = 256 << 10;
 /// Streams at a time, in whatever state, until their [`VsockEvent::Closed`] has been polled.

@@ -39,6 +39,10 @@ pub const MAX_PAYLOAD: usize = MAX_FRAME - Header::SIZE;
 /// How much bulk data a well-behaved sender puts into one frame, in bytes.
 pub const CHUNK: usize = 64 << 10;
 
+/// Largest frame in bytes that an agent sends, header included. A relay holds a whole one back until all of it is there:
+/// its own answers stand between two of them, and a guest may be paused in the middle of one.
+pub const MAX_AGENT_FRAME: usize = 260 << 10;
+
 /// Bytes that each side may send on each direction of a new session before it has to wait for credit.
 /// Standard output and standard error share one window.
 pub const INITIAL_WINDOW: u32 = 512 << 10;

@@ -6,8 +6,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use cubby_protocol::{AGENT_PORT, Header, Hello, Kind, Part, Role, Scanner, SessionId, encode_raw};
-use cubby_vmm::devices::vsock::{Port, StreamId, TooManyStreams, Vsock};
+use cubby_protocol::{
+    AGENT_PORT, Header, Hello, Kind, MAX_AGENT_FRAME, Part, Role, Scanner, SessionId, encode_raw,
+};
+use cubby_vmm::devices::vsock::{BUF_ALLOC, Port, StreamId, TooManyStreams, Vsock};
 
 use crate::client::Gone;
 use crate::command::{Command, ViewId};
@@ -15,6 +17,9 @@ use crate::output_log::OutputLog;
 
 /// A guest's message about a command is no longer than this, in bytes: the longest names a path.
 const MAX_MESSAGE: usize = 8 << 10;
+
+/// The device keeps a whole frame until it can go.
+const _: () = assert!(BUF_ALLOC as usize >= MAX_AGENT_FRAME);
 
 /// How far the stream has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -266,8 +271,25 @@ impl Upstream {
         }
     }
 
+    /// How many of the next bytes belong to frames that have begun to go or are there whole. The others wait: what is
+    /// ours to say to the client goes between two frames, and whoever pauses the guest in the middle of one is told so.
+    fn whole(&self, bytes: &[u8]) -> Result<usize, Gone> {
+        let (mut ahead, mut rest, mut whole) = (self.scanner.clone(), bytes, 0);
+        while let Some(part) = ahead.next(&mut rest).map_err(|_| Gone)? {
+            if matches!(part, Part::Header(header) if Header::SIZE + header.length as usize > MAX_AGENT_FRAME)
+            {
+                return Err(Gone);
+            }
+            if ahead.at_boundary() {
+                whole = bytes.len() - rest.len();
+            }
+        }
+        Ok(whole)
+    }
+
     /// How many of the next bytes go the same way.
     pub(crate) fn next_run(&self, bytes: &[u8]) -> Result<Run, Gone> {
+        let bytes = bytes.get(..self.whole(bytes)?).unwrap_or_default();
         if self.detached == 0 && !self.stays {
             return Ok(Run { length: bytes.len(), stays: false });
         }
@@ -527,13 +549,44 @@ mod tests {
         for cut in 0..whole.len() {
             let (mut up, mut notes) = (Upstream::new(), notes());
             up.open(one, Role::Opens, command(one));
-            let (begun, rest) = whole.split_at(cut);
-            let (mut sent, _) = split(&mut up, begun, (1, 1), &mut notes);
+            // The socket takes so much, and then the session is detached.
+            let (mut sent, mut waiting) = (Vec::new(), whole.clone());
+            while sent.len() < cut {
+                let run = up.next_run(&waiting).unwrap();
+                assert!(!run.stays);
+                let bytes: Vec<u8> = waiting.drain(..run.length.min(cut - sent.len())).collect();
+                up.commit(&bytes, false, &mut notes).unwrap();
+                sent.extend(bytes);
+            }
             up.detach(one);
-            sent.extend(split(&mut up, rest, (3, 3), &mut notes).0);
+            sent.extend(split(&mut up, &waiting, (3, 3), &mut notes).0);
             // Whole frames, and none that had not begun.
             assert_eq!(sent, whole[..cut.div_ceil(length) * length], "detached after {cut} bytes");
             assert!(up.at_boundary());
+        }
+    }
+
+    #[test]
+    fn a_frame_waits_until_all_of_it_is_there_and_answers_pass_it() {
+        let (mut up, mut notes) = (Upstream::new(), notes());
+        let bytes =
+            [frame(Kind::Pong, SessionId::CONNECTION), frame(Kind::Pong, SessionId::CONNECTION)].concat();
+        let length = bytes.len() / 2;
+        for there in 0..=bytes.len() {
+            let run = up.next_run(&bytes[..there]).unwrap();
+            assert_eq!(run, Run { length: there / length * length, stays: false });
+            assert!(up.at_boundary());
+        }
+        // One that has begun goes on as it comes.
+        up.commit(&bytes[..3], false, &mut notes).unwrap();
+        assert!(!up.at_boundary());
+        assert_eq!(up.next_run(&bytes[3..length]).unwrap().length, length - 3);
+        // One that could never be there whole ends the connection.
+        let kind = Kind::Stdout;
+        let large = u32::try_from(MAX_AGENT_FRAME - Header::SIZE).unwrap();
+        for (length, fits) in [(large, true), (large + 1, false)] {
+            let header = Header { length, kind, session: SessionId(1) }.to_bytes();
+            assert_eq!(Upstream::new().next_run(&header).is_ok(), fits);
         }
     }
 

@@ -213,7 +213,8 @@ async fn a_reader_that_stops_leaves_memory_flat_on_both_sides() {
         }
     }
     // It stands still when its process sleeps in its write, the window used up.
-    let state = "for p in /proc/[0-9]*; do [ \"$(cat $p/comm)\" = yes ] && cut -d' ' -f3,14 $p/stat; done";
+    let state =
+        "for p in /proc/[0-9]*; do [ \"$(cat $p/comm)\" = yes ] && cut -d' ' -f3,14 $p/stat; done; true";
     let mut last = String::new();
     until("its standing still", async || {
         let now = shell(&sandbox, state).await;

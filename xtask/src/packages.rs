@@ -58,6 +58,7 @@ pub const PIP: &[Need] = &[("python3-pip", "pip3"), ("python3", "python3")];
 
 /// What the tests hold our work against.
 pub const TESTS: &[Need] = &[
+    ("cpio", "cpio"),
     ("erofs-utils", "fsck.erofs"),
     ("e2fsprogs", "fsck.ext4"),
     ("iproute2", "ip"),

@@ -4,7 +4,7 @@
 //!
 //! Nobody waits for anybody: an event goes to who listens when it comes, and to nobody else. Each who listens has a
 //! bounded queue of its own, and is told how many it has lost. A process that writes faster than the agent reads stands
-//! still in its `write`, since one turn of the event loop takes [`TURN`] bytes of all processes together. What one
+//! still in its `write`, since one turn of the event loop takes `TURN` bytes of all processes together. What one
 //! connection writes arrives in its order.
 
 mod guest;

