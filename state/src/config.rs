@@ -7,10 +7,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use cubby_network_policy::{Base, MAX_RULES, NetworkPolicy};
 use serde::{Deserialize, Serialize};
+
+use crate::ports::{MAX_PORTS, Port};
 
 /// The name of a sandbox: 1 to 128 characters out of `A-Z a-z 0-9 _ . -`, of which the first is a letter or a
 /// digit. It is a file name and needs no quoting in a shell.
@@ -103,29 +107,6 @@ pub struct ImageDefaults {
     pub workdir: Option<String>,
 }
 
-/// A port of the host's loopback that leads into the sandbox (TCP).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Port {
-    /// On the host, 1 to 65535.
-    pub host: u16,
-    /// In the guest, 1 to 65535.
-    pub guest: u16,
-}
-
-/// Whom the guest may talk to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum NetworkPolicy {
-    /// Nobody: the guest has no network.
-    None,
-    /// Public addresses, not the host and not private networks.
-    #[default]
-    Public,
-    /// Everybody the host can reach.
-    All,
-}
-
 /// The configuration of one sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SandboxConfig {
@@ -173,12 +154,15 @@ pub struct SandboxConfig {
     /// Whether what its sessions and its console write is kept.
     #[serde(default = "default_logs")]
     pub logs: bool,
-    /// Ports of the host that lead into it; no port of the host twice.
+    /// Ports of the host that lead into it, [`MAX_PORTS`] at most; no port of the host twice.
     #[serde(default)]
     pub ports: Vec<Port>,
     /// Whom it may talk to.
     #[serde(default)]
     pub network: NetworkPolicy,
+    /// Who is asked for names on its behalf, four at most. None: whom the host itself asks.
+    #[serde(default)]
+    pub resolvers: Vec<SocketAddr>,
     /// The sandbox process's binary, if the user named one.
     #[serde(default)]
     pub runtime: Option<PathBuf>,
@@ -264,8 +248,15 @@ impl SandboxConfig {
             logs: default_logs(),
             ports: Vec::new(),
             network: NetworkPolicy::default(),
+            resolvers: Vec::new(),
             runtime: None,
         }
+    }
+
+    /// Whether the guest has a network card at all: not if there is nobody to whom a policy without rules lets it talk.
+    #[must_use]
+    pub fn has_network(&self) -> bool {
+        self.network.base() != Base::None || !self.network.rules().is_empty()
     }
 
     /// Checks everything.
@@ -324,11 +315,30 @@ impl SandboxConfig {
         found.check("idle_timeout", &0, self.idle_timeout_s != Some(0), "at least 1 s");
         found.check("max_clients", &self.max_clients, (1..=1000).contains(&self.max_clients), "1 to 1000");
         for (i, port) in self.ports.iter().enumerate() {
-            let given = format!("{} to {}", port.host, port.guest);
-            found.check("port", &given, port.host != 0 && port.guest != 0, "1 to 65535 on both sides");
-            let twice = self.ports.iter().take(i).any(|earlier| earlier.host == port.host);
-            found.check("port", &given, !twice, "a port of the host that no other line uses");
+            found.check("port", port, port.guest != 0, "1 to 65535 in the guest");
+            let twice = self.ports.iter().take(i).any(|earlier| earlier.collides(port));
+            found.check("port", port, !twice, "a port of the host that no other line uses");
+            found.check("port", port, self.has_network(), "left away where the network is none");
         }
+        let count = self.ports.len();
+        found.check(
+            "port",
+            &format_args!("there {count} times"),
+            count <= MAX_PORTS,
+            "there 256 times at most",
+        );
+        let rules = self.network.rules().len();
+        found.check("network", &format_args!("{rules} rules"), rules <= MAX_RULES, "of 1024 rules at most");
+        for resolver in &self.resolvers {
+            found.check("resolver", resolver, resolver.port() != 0, "an address with a port from 1 to 65535");
+        }
+        let resolvers = self.resolvers.len();
+        found.check(
+            "resolver",
+            &format_args!("there {resolvers} times"),
+            resolvers <= 4,
+            "there 4 times at most",
+        );
         if let Some(runtime) = &self.runtime {
             found.check("runtime", &runtime.display(), runtime.to_str().is_some_and(is_text), TEXT);
         }
@@ -390,6 +400,8 @@ fn is_hostname(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use cubby_network_policy::Rule;
+
     use super::*;
 
     #[test]
@@ -424,8 +436,8 @@ mod tests {
         config.idle_timeout_s = Some(0);
         config.max_clients = 0;
         config.image.digest = Some("sha256:12".into());
-        config.ports =
-            vec![Port { host: 80, guest: 80 }, Port { host: 80, guest: 81 }, Port { host: 1, guest: 0 }];
+        config.ports = vec![Port::new(80, 80), Port::new(80, 81), Port::new(1, 0)];
+        config.resolvers = vec![([127, 0, 0, 1], 0).into()];
         config.runtime = Some(PathBuf::new());
         let InvalidConfig(mistakes) = config.validate().unwrap_err();
         let fields: Vec<_> = mistakes.iter().map(|mistake| mistake.field).collect();
@@ -446,6 +458,7 @@ mod tests {
             "max_clients",
             "port",
             "port",
+            "resolver",
             "runtime",
         ];
         assert_eq!(fields, expected);
@@ -465,10 +478,38 @@ mod tests {
         config.user = Some("1000:users".into());
         config.hostname = Some("a-1.example".into());
         config.max_clients = 1000;
-        config.ports = vec![Port { host: 65535, guest: 1 }, Port { host: 1, guest: 1 }];
+        config.ports = vec![
+            Port::new(65535, 1),
+            Port::new(1, 1),
+            Port::new(1, 1).udp(),
+            Port::new(0, 1),
+            Port::new(0, 1),
+        ];
+        config.resolvers = vec![([127, 0, 0, 1], 53).into(); 4];
         config.validate().unwrap();
         config.env.insert("A".into(), "=".repeat(MAX_STRING - 2));
         assert_eq!(config.validate().unwrap_err().0.len(), 1);
+    }
+
+    #[test]
+    fn a_sandbox_without_a_network_has_no_ports_and_rules_are_few() {
+        let mut config = SandboxConfig::new("python:3.12");
+        assert!(config.has_network());
+        config.network = NetworkPolicy::none();
+        assert!(!config.has_network());
+        config.ports = vec![Port::new(80, 80)];
+        let given = |config: &SandboxConfig| config.validate().unwrap_err().to_string();
+        assert!(given(&config).contains("127.0.0.1:80->80/tcp"), "{}", given(&config));
+        config.network = NetworkPolicy::none().rule(Rule::allow().inbound());
+        config.validate().unwrap();
+        assert!(config.has_network());
+        config.network = (0..1024).fold(NetworkPolicy::none(), |policy, _| policy.rule(Rule::allow()));
+        config.ports = vec![Port::new(0, 80); 256];
+        config.validate().unwrap();
+        config.network = config.network.rule(Rule::allow());
+        config.ports.push(Port::new(0, 80));
+        config.resolvers = vec![([127, 0, 0, 1], 53).into(); 5];
+        assert_eq!(config.validate().unwrap_err().0.len(), 3);
     }
 
     #[test]
@@ -477,6 +518,9 @@ mod tests {
         assert_eq!(old, SandboxConfig::new("a"));
         let new = r#"{"image":{"reference":"a","signed":true},"gpus":2}"#;
         assert_eq!(serde_json::from_str::<SandboxConfig>(new).unwrap(), SandboxConfig::new("a"));
+        let port = r#"{"image":{"reference":"a"},"network":"all","ports":[{"host":80,"guest":8000}]}"#;
+        let port = serde_json::from_str::<SandboxConfig>(port).unwrap();
+        assert_eq!((port.network, port.ports), (NetworkPolicy::all(), vec![Port::new(80, 8000)]));
         let unknown = r#"{"image":{"reference":"a"},"network":"friends_only"}"#;
         assert!(serde_json::from_str::<SandboxConfig>(unknown).is_err());
     }

@@ -1,6 +1,7 @@
 //! What an application tells a sandbox process at its start, and what it hears back: one line of JSON each
 //! way over an inherited socket.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
@@ -58,6 +59,9 @@ pub enum LaunchReport {
         /// What the user can do about it.
         #[serde(default)]
         remedy: Option<String>,
+        /// The published port that the host does not give, if that is why.
+        #[serde(default)]
+        port: Option<SocketAddr>,
         /// What the guest wrote before.
         #[serde(default)]
         console_tail: Option<String>,
@@ -153,7 +157,7 @@ mod tests {
         let failed: LaunchReport =
             from_line(br#"{"result":"failed","reason":{"kind":"host_unsupported"},"message":"no /dev/kvm"}"#)
                 .unwrap();
-        assert!(matches!(failed, LaunchReport::Failed { remedy: None, .. }));
+        assert!(matches!(failed, LaunchReport::Failed { remedy: None, port: None, .. }));
     }
 
     #[test]

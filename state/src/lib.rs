@@ -4,7 +4,7 @@
 //! * [`machine`]: one pure table from (status, event) to the next status or a typed refusal;
 //! * [`store`]: the rows of all sandboxes and their runs, in one SQLite file that many processes share;
 //! * [`liveness`]: whether the process behind a row is still the process that wrote it;
-//! * [`config`], [`exit`], [`launch`]: the values that pass between an application, the store and a sandbox
+//! * [`config`], [`ports`], [`exit`], [`launch`]: the values that pass between an application, the store and a sandbox
 //!   process;
 //! * [`home`]: the directories and names of all files.
 //!
@@ -19,14 +19,15 @@ pub mod launch;
 pub mod liveness;
 pub mod log;
 pub mod machine;
+pub mod ports;
 pub mod store;
 
-pub use config::{
-    ImageDefaults, ImageSource, InvalidConfig, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName,
-};
+pub use config::{ImageDefaults, ImageSource, InvalidConfig, Mistake, SandboxConfig, SandboxName};
+pub use cubby_network_policy::{self as network, NetworkPolicy};
 pub use exit::{Death, ExitReason, ExitReport};
 pub use home::{Home, HomeError};
 pub use launch::{LaunchReport, LaunchSpec};
 pub use liveness::{LockError, ProcessIdentity, RunLock};
 pub use machine::{Event, Next, Refused, Status};
+pub use ports::{Port, Transport};
 pub use store::{ReaperLease, Record, Run, RunId, Store, StoreError, Summary};

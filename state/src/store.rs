@@ -34,6 +34,7 @@ use crate::exit::{Death, ExitReason, ExitReport};
 use crate::home::{Home, HomeError};
 use crate::liveness::{self, LockError, ProcessIdentity, RunLock};
 use crate::machine::{Event, Next, Refused, Status};
+use crate::ports::Port;
 
 /// One run of one sandbox; never used twice in a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -92,6 +93,8 @@ pub struct Run {
     pub ended_at: Option<SystemTime>,
     /// How it ended.
     pub exit: Option<ExitReport>,
+    /// Its published ports, with those of the host that it has got.
+    pub ports: Vec<Port>,
 }
 
 /// The store of one home. It is `Send` and `Sync`; its calls take turns, and each is a few system calls long
@@ -199,6 +202,18 @@ impl Store {
         self.write(|tx| {
             sql::current(tx, run)?;
             sql::set_process(tx, run, &process)
+        })
+    }
+
+    /// Says which ports of the host lead into the sandbox of `run`.
+    ///
+    /// # Errors
+    /// [`StoreError::RunOver`] if the run has ended.
+    pub fn set_ports(&self, run: RunId, ports: &[Port]) -> Result<(), StoreError> {
+        self.write(|tx| {
+            let record = sql::current(tx, run)?.record;
+            let json = serde_json::to_string(ports).map_err(|source| row(&record.name, source))?;
+            sql::set_ports(tx, run, &json)
         })
     }
 

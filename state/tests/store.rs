@@ -9,7 +9,7 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use cubby_state::{
-    Event, ExitReason, ExitReport, Home, ProcessIdentity, Record, RunLock, SandboxConfig, SandboxName,
+    Event, ExitReason, ExitReport, Home, Port, ProcessIdentity, Record, RunLock, SandboxConfig, SandboxName,
     Status, Store, StoreError,
 };
 use rusqlite::Connection;
@@ -53,8 +53,10 @@ fn a_whole_life_is_remembered() {
     assert_eq!(record.config, config());
     let run = record.run.id;
     let me = ProcessIdentity::current().unwrap();
+    let ports = vec![Port::new(40_000, 80), Port::new(40_001, 53).on([0; 16]).udp()];
+    store.set_ports(run, &ports).unwrap();
     let read = store.get(&record.name).unwrap();
-    assert_eq!((read.status, read.run.process), (Status::Running, Some(me)));
+    assert_eq!((read.status, read.run.process, read.run.ports), (Status::Running, Some(me), ports));
 
     store.transition(run, Status::Running, Event::Pause).unwrap();
     store.transition(run, Status::Paused, Event::Drain).unwrap();
@@ -65,7 +67,8 @@ fn a_whole_life_is_remembered() {
     let second = store.begin_run(&record.name).unwrap();
     assert_eq!(second.status, Status::Creating);
     assert!(second.run.id > run);
-    assert!(second.run.process.is_none());
+    assert!(second.run.process.is_none() && second.run.ports.is_empty());
+    assert!(matches!(store.set_ports(run, &[]), Err(StoreError::RunOver { .. })));
     let crash = ExitReport::now(ExitReason::BootFailed { stage: "kernel".into() }).with_console("oops");
     assert_eq!(store.finish(second.run.id, &crash).unwrap(), Status::Crashed);
 
@@ -372,7 +375,7 @@ fn what_is_no_store_is_an_error_and_stays_as_it_is() {
     fs::remove_file(home.database()).unwrap();
     drop(Store::open(&home).unwrap());
     Connection::open(home.database()).unwrap().pragma_update(None, "user_version", 99).unwrap();
-    let Err(StoreError::Newer { found: 99, known: 2, .. }) = Store::open(&home) else {
+    let Err(StoreError::Newer { found: 99, known: 3, .. }) = Store::open(&home) else {
         panic!("opened a newer store")
     };
 }

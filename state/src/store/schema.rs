@@ -44,6 +44,8 @@ pub(super) const STEPS: &[&str] = &[
          ended_at INTEGER NOT NULL,
          exit     TEXT NOT NULL
      ) STRICT;",
+    // 3: the published ports of a run, with those of the host that it has got.
+    "ALTER TABLE runs ADD COLUMN ports TEXT;",
 ];
 
 /// Brings the file to the newest format: `steps` are all there are.
@@ -106,7 +108,8 @@ mod tests {
                 .unwrap()
                 .execute_batch(
                     r#"INSERT INTO sandboxes VALUES (5, 'worker', 'Stopped', '{"image":{"reference":"a"}}', 1, 2, 9);
-                       INSERT INTO runs VALUES (9, 5, 1, 2, 3, 4, 'boot', 0, 5, 6, NULL);"#,
+                       INSERT INTO runs (id, sandbox, launcher_pid, launcher_start, pid, start_ticks, boot_id, started_at, ended_at)
+                       VALUES (9, 5, 1, 2, 3, 4, 'boot', 5, 6);"#,
                 )
                 .unwrap();
             let connection = migrated(&path, STEPS).unwrap();
@@ -114,6 +117,7 @@ mod tests {
             let record = super::super::sql::load(&connection, &"worker".parse().unwrap()).unwrap().record;
             assert_eq!(record.config.image.reference, "a");
             assert_eq!(record.run.process.unwrap().pid, 3);
+            assert_eq!(record.run.ports, []);
         }
     }
 

@@ -82,7 +82,7 @@ fn from_ms(ms: i64) -> SystemTime {
 }
 
 const RUN_COLUMNS: &str = "r.id, r.launcher_pid, r.launcher_start, r.pid, r.start_ticks, r.boot_id, r.kill_requested, \
-                           r.started_at, r.ended_at, r.exit";
+                           r.started_at, r.ended_at, r.exit, r.ports";
 
 /// The run in the columns from `at` on; they are [`RUN_COLUMNS`].
 fn run(row: &rusqlite::Row<'_>, at: usize, name: &str) -> Result<Run, StoreError> {
@@ -93,6 +93,8 @@ fn run(row: &rusqlite::Row<'_>, at: usize, name: &str) -> Result<Run, StoreError
         _ => None,
     };
     let exit: Option<String> = row.get(at + 9)?;
+    let ports: Option<String> = row.get(at + 10)?;
+    let ports = ports.map(|json| serde_json::from_str(&json)).transpose().map_err(|e| unclear(name, e))?;
     Ok(Run {
         id: RunId(row.get(at)?),
         launcher: identity(row.get(at + 1)?, row.get(at + 2)?),
@@ -101,6 +103,7 @@ fn run(row: &rusqlite::Row<'_>, at: usize, name: &str) -> Result<Run, StoreError
         started_at: from_ms(row.get(at + 7)?),
         ended_at: row.get::<_, Option<i64>>(at + 8)?.map(from_ms),
         exit: exit.map(|json| serde_json::from_str(&json)).transpose().map_err(|e| unclear(name, e))?,
+        ports: ports.unwrap_or_default(),
     })
 }
 
@@ -159,11 +162,11 @@ fn of_run(connection: &Connection, run: RunId, condition: &str) -> Result<Option
     rows.next()?.map(full).transpose()
 }
 
-/// All sandboxes with their current runs, the newest first; exit reports are left out.
+/// All sandboxes with their current runs, the newest first; exit reports and ports are left out.
 pub(super) fn list(connection: &Connection) -> Result<Vec<(Summary, Run)>, StoreError> {
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.status, s.created_at, s.updated_at, r.id, r.launcher_pid, r.launcher_start, r.pid,
-                r.start_ticks, r.boot_id, r.kill_requested, r.started_at, r.ended_at, NULL
+                r.start_ticks, r.boot_id, r.kill_requested, r.started_at, r.ended_at, NULL, NULL
          FROM sandboxes s JOIN runs r ON r.id = s.run ORDER BY s.id DESC",
     )?;
     let mut rows = statement.query([])?;
@@ -263,6 +266,11 @@ pub(super) fn set_process(tx: &Connection, run: RunId, process: &ProcessIdentity
         process.pid,
         process.start_ticks
     ])?;
+    Ok(())
+}
+
+pub(super) fn set_ports(tx: &Connection, run: RunId, ports: &str) -> Result<(), StoreError> {
+    tx.prepare_cached("UPDATE runs SET ports = ?2 WHERE id = ?1")?.execute(params![run.0, ports])?;
     Ok(())
 }
 
