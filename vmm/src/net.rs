@@ -59,6 +59,11 @@ pub trait NetBackend: Backend {
 
     /// The deadline has passed.
     fn elapsed(&mut self) {}
+
+    /// The VM was paused for so long, and nothing here was called. For the guest no time has passed.
+    fn paused_for(&mut self, time: Duration) {
+        let _ = time;
+    }
 }
 
 /// The card of a VM.
@@ -153,8 +158,9 @@ impl Orders {
         drop(self.changed.wait_while(state, |(_, still)| !*still).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The thread's answer to an order; whether it goes on.
-    fn obey(&self) -> bool {
+    /// The thread's answer to an order: for how long it stood still, or `None` if it is to end.
+    fn obey(&self) -> Option<Duration> {
+        let begin = Instant::now();
         let _ = self.event.read();
         let mut state = lock(&self.state);
         state.1 = state.0 == Order::Park;
@@ -164,7 +170,7 @@ impl Orders {
             .wait_while(state, |(order, _)| *order == Order::Park)
             .unwrap_or_else(PoisonError::into_inner);
         state.1 = false;
-        state.0 == Order::Work
+        (state.0 == Order::Work).then(|| begin.elapsed())
     }
 }
 
@@ -252,8 +258,9 @@ impl Rounds {
                 Err(_) => return,
             };
             let events = events.get(..count).unwrap_or(&[]);
-            if events.iter().any(|event| event.data() == ORDER) && !self.orders.obey() {
-                return;
+            if events.iter().any(|event| event.data() == ORDER) {
+                let Some(time) = self.orders.obey() else { return };
+                lock(&self.card).backend_mut().paused_for(time);
             }
             more = self.round(events, more) == Progress::More;
         }

@@ -20,6 +20,7 @@ enum Seen {
     Sent(usize),
     Ready(u64),
     Elapsed,
+    Paused,
     Gave,
     Dropped,
 }
@@ -84,6 +85,13 @@ impl NetBackend for Net {
         self.deadline = None;
         self.frames += 1;
         let _ = self.seen.send(Seen::Elapsed);
+    }
+
+    fn paused_for(&mut self, time: Duration) {
+        // Before anything else is called.
+        if time >= A_WHILE {
+            let _ = self.seen.send(Seen::Paused);
+        }
     }
 }
 
@@ -180,6 +188,7 @@ fn a_parked_thread_does_nothing_until_it_goes_on() {
         rig.socket.write(1).unwrap();
         rig.sees_nothing();
         rig.worker().unpark();
+        rig.sees(&[Seen::Paused]);
         // The kernel says which it tells of first.
         let mut seen = [(); 3].map(|()| rig.seen.recv_timeout(SOON).unwrap());
         seen.sort();
