@@ -9,7 +9,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -136,41 +136,37 @@ enum Order {
     End,
 }
 
-/// The thread's orders, and whether it stands still.
+/// What the thread goes by. It looks at the order when it has the card and before it does anything with it: whoever gets
+/// the card after an order needs no answer, and a thread that waits anyway is not woken for a pause.
 #[derive(Debug)]
 struct Orders {
-    /// The order, and whether the thread is parked or has ended.
-    state: Mutex<(Order, bool)>,
+    state: Mutex<State>,
     changed: Condvar,
+    /// Readable to end the thread's wait.
     event: EventFd,
+}
+
+#[derive(Debug)]
+struct State {
+    order: Order,
+    /// Since when the order is to park.
+    since: Option<Instant>,
+    /// For how long it was, as far as the backend has not been told.
+    untold: Duration,
 }
 
 impl Orders {
     fn give(&self, order: Order) {
-        lock(&self.state).0 = order;
-        self.changed.notify_all();
-        let _ = self.event.write(1);
-    }
-
-    /// Waits until the thread stands still.
-    fn wait_for_park(&self) {
-        let state = lock(&self.state);
-        drop(self.changed.wait_while(state, |(_, still)| !*still).unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// The thread's answer to an order: for how long it stood still, or `None` if it is to end.
-    fn obey(&self) -> Option<Duration> {
-        let begin = Instant::now();
-        let _ = self.event.read();
         let mut state = lock(&self.state);
-        state.1 = state.0 == Order::Park;
+        state.order = order;
+        match order {
+            Order::Park => drop(state.since.get_or_insert_with(Instant::now)),
+            Order::Work | Order::End => {
+                let time = state.since.take().map(|since| since.elapsed());
+                state.untold += time.unwrap_or_default();
+            }
+        }
         self.changed.notify_all();
-        let mut state = self
-            .changed
-            .wait_while(state, |(order, _)| *order == Order::Park)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.1 = false;
-        (state.0 == Order::Work).then(|| begin.elapsed())
     }
 }
 
@@ -199,18 +195,18 @@ impl NetWorker {
         lock(&card).backend_mut().attach(watch.clone()).map_err(Error::resource("the network"))?;
         let kick = kicks.get(RX).ok_or_else(|| io::Error::other("the card has no queues"));
         let kick = kick.and_then(EventFd::try_clone).map_err(&failed)?;
-        let orders =
-            Arc::new(Orders { state: Mutex::new((Order::Work, false)), changed: Condvar::new(), event });
+        let state = Mutex::new(State { order: Order::Work, since: None, untold: Duration::ZERO });
+        let orders = Arc::new(Orders { state, changed: Condvar::new(), event });
         let round = Rounds { card: card.clone(), kicks, watch, orders: orders.clone() };
         let thread =
             threads.spawn(ThreadKind::Network, "net0".into(), move || round.run()).map_err(&failed)?;
         Ok(Self { card, kick, orders, thread: Some(thread) })
     }
 
-    /// Waits until the thread stands still, which it does until [`NetWorker::unpark`].
+    /// Waits for the end of a round; there is no other until [`NetWorker::unpark`].
     pub(crate) fn park(&self) {
         self.orders.give(Order::Park);
-        self.orders.wait_for_park();
+        drop(lock(&self.card));
     }
 
     pub(crate) fn unpark(&self) {
@@ -230,6 +226,7 @@ impl NetWorker {
 impl Drop for NetWorker {
     fn drop(&mut self) {
         self.orders.give(Order::End);
+        let _ = self.orders.event.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -258,16 +255,38 @@ impl Rounds {
                 Err(_) => return,
             };
             let events = events.get(..count).unwrap_or(&[]);
-            if events.iter().any(|event| event.data() == ORDER) {
-                let Some(time) = self.orders.obey() else { return };
-                lock(&self.card).backend_mut().paused_for(time);
-            }
-            more = self.round(events, more) == Progress::More;
+            let Some(mut card) = self.card_to_work() else { return };
+            more = self.round(&mut card, events, more) == Progress::More;
         }
     }
 
-    fn round(&self, events: &[EpollEvent], more: bool) -> Progress {
-        let mut card = lock(&self.card);
+    /// The card, as soon as the order is to work; `None` if it is to end.
+    fn card_to_work(&self) -> Option<MutexGuard<'_, Card>> {
+        loop {
+            let mut card = lock(&self.card);
+            let mut state = lock(&self.orders.state);
+            match state.order {
+                Order::End => return None,
+                Order::Work => {
+                    let paused = std::mem::take(&mut state.untold);
+                    if paused > Duration::ZERO {
+                        card.backend_mut().paused_for(paused);
+                    }
+                    drop(state);
+                    return Some(card);
+                }
+                Order::Park => {
+                    drop(card);
+                    let parked = |state: &mut State| state.order == Order::Park;
+                    drop(
+                        self.orders.changed.wait_while(state, parked).unwrap_or_else(PoisonError::into_inner),
+                    );
+                }
+            }
+        }
+    }
+
+    fn round(&self, card: &mut Card, events: &[EpollEvent], more: bool) -> Progress {
         let mut transmits = more;
         for event in events {
             match event.data().checked_sub(KICK) {
@@ -286,14 +305,6 @@ impl Rounds {
             card.backend_mut().elapsed();
         }
         if transmits { card.kick(TX) } else { card.poll() }
-    }
-}
-
-impl Drop for Rounds {
-    /// Nobody waits for a thread that has ended.
-    fn drop(&mut self) {
-        lock(&self.orders.state).1 = true;
-        self.orders.changed.notify_all();
     }
 }
 
