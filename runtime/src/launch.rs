@@ -54,7 +54,7 @@ impl Launch {
         console_tail: Option<String>,
     ) {
         let console_tail = console_tail.filter(|tail| !tail.is_empty());
-        self.report(&LaunchReport::Failed { reason, message, remedy, console_tail });
+        self.report(&LaunchReport::Failed { reason, message, remedy, port: None, console_tail });
     }
 
     /// Whether the application is gone. Anything it sends after the specification is not read.

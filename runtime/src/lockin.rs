@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use cubby_state::Home;
 use cubby_vmm::{OnThread, ThreadKind};
+use rustix::process::Pid;
 
 pub(crate) use limits::Limits;
 
@@ -35,6 +36,7 @@ pub(crate) struct LockIn {
     vcpu: filter::Filter,
     worker: filter::Filter,
     main: filter::Filter,
+    pid: Pid,
 }
 
 /// What stood in the way, and of which part.
@@ -55,6 +57,7 @@ impl LockIn {
             vcpu: filter::compile(&[calls::EVERY_THREAD, calls::VCPU], pid)?,
             worker: filter::compile(&[calls::EVERY_THREAD, calls::WORKER], pid)?,
             main: filter::compile(&[calls::EVERY_THREAD, calls::MAIN], pid)?,
+            pid,
         }))
     }
 
@@ -66,11 +69,15 @@ impl LockIn {
 
     /// Confines a thread of the VMM, which is the calling one.
     pub(crate) fn thread(&self, kind: ThreadKind) -> io::Result<()> {
-        self.confine(match kind {
-            ThreadKind::Vcpu => &self.vcpu,
-            // No sandbox has a network yet; what one may call is for its filter to say.
-            ThreadKind::Worker | ThreadKind::Network => &self.worker,
-        })
+        match kind {
+            ThreadKind::Vcpu => self.confine(&self.files, &self.vcpu),
+            ThreadKind::Worker => self.confine(&self.files, &self.worker),
+            // Not every sandbox has it, and none has two.
+            ThreadKind::Network => {
+                let filter = filter::compile(&[calls::EVERY_THREAD, calls::NETWORK], self.pid)?;
+                self.confine(&files::Files::of_network()?, &filter)
+            }
+        }
         .map(drop)
     }
 
@@ -78,7 +85,7 @@ impl LockIn {
     /// be no more of them.
     pub(crate) fn finish(self: Arc<Self>, limits: &Limits) -> io::Result<()> {
         limits::set(limits)?;
-        if !self.confine(&self.main)? {
+        if !self.confine(&self.files, &self.main)? {
             crate::say("this host's kernel has no Landlock: files are not kept from this process");
         }
         Ok(())
@@ -86,9 +93,9 @@ impl LockIn {
 
     /// Confines the calling thread, and says whether that goes for files as well. The filter is the last, since
     /// it takes away what the others need.
-    fn confine(&self, filter: &filter::Filter) -> io::Result<bool> {
+    fn confine(&self, files: &files::Files, filter: &filter::Filter) -> io::Result<bool> {
         privileges::drop_all()?;
-        let files = self.files.confine()?;
+        let files = files.confine()?;
         filter.install()?;
         Ok(files)
     }

@@ -12,6 +12,7 @@ use cubby_state::{LaunchSpec, SandboxConfig};
 use cubby_vmm::{Disk, DiskCache, Flow, Initramfs, Marks, VmConfig};
 
 use crate::assets::Assets;
+use crate::network;
 
 /// Guests are told apart by their processes: each has a context id of its own in its own VM.
 const GUEST_CID: u32 = 3;
@@ -74,6 +75,7 @@ pub(crate) fn config(
         cmdline: command_line(spec.config.memory_mib),
         disks,
         vsock_cid: Some(GUEST_CID),
+        // Plugged in once its ports are known to be free.
         network: None,
         console: Some(console),
         marks: Some(Marks { port: MARK_IO_PORT, on_mark }),
@@ -96,6 +98,7 @@ pub(crate) fn guest_config(spec: &LaunchSpec) -> io::Result<GuestConfig> {
     fill_random(&mut entropy)?;
     let config = &spec.config;
     let image = &config.image.defaults;
+    let network = config.has_network().then(network::addresses);
     Ok(GuestConfig {
         hostname: config.hostname.clone().unwrap_or_else(|| hostname(spec.name.as_str())),
         // Told when the agent asks.
@@ -104,9 +107,9 @@ pub(crate) fn guest_config(spec: &LaunchSpec) -> io::Result<GuestConfig> {
         env: environment(config),
         workdir: config.workdir.clone().or_else(|| image.workdir.clone()).unwrap_or_default(),
         user: config.user.clone().or_else(|| image.user.clone()).unwrap_or_default(),
-        nameservers: Vec::new(),
+        nameservers: network.iter().map(|_| network::resolver()).collect(),
         root: RootDisks { image: "/dev/vda".into(), disk: Some("/dev/vdb".into()) },
-        network: None,
+        network,
     })
 }
 

@@ -21,6 +21,7 @@ mod last_words;
 mod launch;
 mod lockin;
 mod machine;
+mod network;
 mod output_log;
 mod policy;
 mod relay;
@@ -32,13 +33,14 @@ mod will;
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use console_tap::ConsoleTap;
 use cubby_state::launch::{HostCheck, Unsupported, to_line};
-use cubby_state::{ExitReason, ExitReport, LaunchSpec, RunLock, Store, StoreError};
+use cubby_state::{ExitReason, ExitReport, LaunchReport, LaunchSpec, RunLock, Store, StoreError};
 use cubby_vmm::{Error, Vm};
 use last_words::LastWords;
 use launch::Launch;
@@ -93,9 +95,9 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Failure { reason, message, remedy }) => {
+        Err(Failure { reason, message, remedy, port }) => {
             say(&message);
-            launch.fail(reason, message, remedy, None);
+            launch.report(&LaunchReport::Failed { reason, message, remedy, port, console_tail: None });
             ExitCode::FAILURE
         }
     }
@@ -119,6 +121,8 @@ struct Failure {
     reason: ExitReason,
     message: String,
     remedy: Option<String>,
+    /// The published port that the host does not give.
+    port: Option<SocketAddr>,
 }
 
 impl Failure {
@@ -127,6 +131,7 @@ impl Failure {
             reason: ExitReason::BootFailed { stage: stage.into() },
             message: message.to_string(),
             remedy: None,
+            port: None,
         }
     }
 }
@@ -170,11 +175,24 @@ fn boot(
     let tap = ConsoleTap::new().map_err(|error| Failure::at("log", error))?;
     let mut config = machine::config(spec, &assets, marked.clone(), tap.with(pen))
         .map_err(|why| Failure::at("disks", why))?;
+    let limits = Limits::new(&spec.config);
+    if spec.config.has_network() {
+        let made = network::plug_in(&spec.config, limits.network);
+        let (card, ports) = made.map_err(|network::Failed { message, port }| Failure {
+            port,
+            ..Failure::at("network", message)
+        })?;
+        config.network = Some(card);
+        if !ports.is_empty() {
+            store.set_ports(spec.run, &ports).map_err(|error| Failure::at("store", chain(&error)))?;
+        }
+    }
     let relay = Relay::listen(&spec.socket, spec.config.max_clients, open_log(spec))
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {
         Error::Host(host) => {
-            Failure { reason: ExitReason::HostUnsupported, message: host.why, remedy: Some(host.remedy) }
+            let (message, remedy) = (host.why, Some(host.remedy));
+            Failure { reason: ExitReason::HostUnsupported, message, remedy, port: None }
         }
         error => Failure::at("vm", chain(&error)),
     };
@@ -187,7 +205,6 @@ fn boot(
     let mut events = Vm::event_loop().map_err(vmm)?;
     let vm = Vm::boot(config, &mut events).map_err(vmm)?;
     // Everything is open and every thread runs. The guest does not yet.
-    let limits = Limits { clients: spec.config.max_clients, disk: u64::from(spec.config.disk_mib) << 20 };
     lock_in.finish(&limits).map_err(locking)?;
     supervisor::run(Parts { spec, launch, store, will, relay, tap, vm, events, marked, signals, began })
         .map_err(|why| Failure::at("supervisor", why))

@@ -1,6 +1,6 @@
 //! The system calls of each kind of thread after the lock-in. What is not here kills the process. A call is here
 //! because the tests make it, or because the C library may make it on another kernel or in another version; then
-//! the line says so. No thread starts another, opens a socket, or runs a program.
+//! the line says so. No thread starts another or runs a program, and but for the network's none opens a socket.
 
 use libc as c;
 
@@ -77,6 +77,44 @@ pub(super) const WORKER: &[Call] = &[
     any(c::SYS_fdatasync),
     any(c::SYS_fallocate),
 ];
+
+/// Sockets of the Internet: no Unix sockets, no packets of one's own making.
+const INTERNET: &[u32] = &[c::AF_INET.cast_unsigned(), c::AF_INET6.cast_unsigned()];
+
+/// Small packets at once, probes of silent peers, ends by reset. None of the same numbers on other levels does more than
+/// that to anybody.
+const SOCKET_OPTIONS: &[u32] =
+    &[c::TCP_NODELAY.cast_unsigned(), c::SO_KEEPALIVE.cast_unsigned(), c::SO_LINGER.cast_unsigned()];
+
+/// The network card and the stack behind it: the guest's flows become sockets here, and published ports, which listen
+/// already, bring more. It neither binds nor listens.
+pub(super) const NETWORK: &[Call] = &[
+    any(c::SYS_epoll_wait),
+    any(c::SYS_epoll_pwait), // other C libraries
+    any(c::SYS_epoll_ctl),
+    only(c::SYS_socket, Only::OneOf(0, INTERNET)),
+    any(c::SYS_connect),
+    any(c::SYS_accept4),
+    only(c::SYS_getsockopt, Only::OneOf(2, &[c::SO_ERROR.cast_unsigned()])),
+    only(c::SYS_setsockopt, Only::OneOf(2, SOCKET_OPTIONS)),
+    only(c::SYS_ioctl, Only::OneOf(1, &[FIONBIO])), // connections from published ports
+    any(c::SYS_shutdown),
+    any(c::SYS_readv),
+    any(c::SYS_recvfrom),
+    any(c::SYS_sendto),
+    // The file that names the host's resolvers, when it has changed: Landlock says which.
+    only(c::SYS_openat, Only::Without(2, WRITING)),
+    any(c::SYS_statx),
+    any(c::SYS_fstat),      // newer and older C libraries
+    any(c::SYS_newfstatat), // older C libraries
+    any(c::SYS_lseek),
+];
+
+const FIONBIO: u32 = 0x5421;
+
+/// What makes an `open` more than one for reading.
+const WRITING: u32 =
+    (c::O_WRONLY | c::O_RDWR | c::O_CREAT | c::O_TRUNC | c::O_TMPFILE & !c::O_DIRECTORY).cast_unsigned();
 
 /// `F_GETLK` and its kin: SQLite's locks.
 const LOCKS: &[u32] = &[c::F_GETLK.cast_unsigned(), c::F_SETLK.cast_unsigned(), c::F_SETLKW.cast_unsigned()];

@@ -12,6 +12,7 @@ use landlock::{
 };
 
 use super::refused;
+use crate::network::RESOLV_CONF;
 
 /// The newest version whose rights are refused where the kernel knows them.
 const NEWEST: ABI = ABI::V5;
@@ -24,6 +25,29 @@ const STORE: BitFlags<AccessFs> =
 /// can be taken away, but not put elsewhere.
 const SOCKETS: BitFlags<AccessFs> = make_bitflags!(AccessFs::{RemoveFile});
 
+/// A file that is replaced when the host changes networks is another file then: who keeps it in a directory made for that
+/// (`/run/systemd/resolve`) does that, and the directory is what may be read. `/etc` holds more.
+fn replaced_in(file: &Path) -> &Path {
+    match file.parent() {
+        Some(parent) if parent.starts_with("/run") && parent != Path::new("/run") => parent,
+        _ => file,
+    }
+}
+
+fn failed(error: impl std::error::Error) -> io::Error {
+    refused("landlock")(&crate::chain(&error))
+}
+
+/// No right to any file.
+fn no_file() -> io::Result<Ruleset> {
+    let best = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
+    best.handle_access(AccessFs::from_all(NEWEST)).map_err(failed)
+}
+
+fn below(path: &Path, access: BitFlags<AccessFs>) -> io::Result<PathBeneath<PathFd>> {
+    Ok(PathBeneath::new(PathFd::new(path).map_err(failed)?, access))
+}
+
 /// What the process may reach by path.
 pub(super) struct Files {
     rules: RulesetCreated,
@@ -32,26 +56,25 @@ pub(super) struct Files {
 impl Files {
     /// The files of a sandbox process of `home`.
     pub(super) fn of(home: &Home) -> io::Result<Self> {
-        let failed = |error: landlock::RulesetError| refused("landlock")(&crate::chain(&error));
-        let rules = Ruleset::default()
-            .set_compatibility(CompatLevel::BestEffort)
-            .handle_access(AccessFs::from_all(NEWEST))
-            .map_err(failed)?
-            // TCP, where the kernel knows it: no rule, so none.
-            .handle_access(AccessNet::from_all(NEWEST))
-            .map_err(failed)?
-            .create()
-            .map_err(failed)?;
-        let below = |path: &Path, access| {
-            let path = PathFd::new(path).map_err(|error| refused("landlock")(&crate::chain(&error)))?;
-            Ok::<_, io::Error>(PathBeneath::new(path, access))
-        };
         let database = home.database();
-        let rules = rules
-            .add_rule(below(database.parent().unwrap_or(home.root()), STORE)?)
-            .map_err(failed)?
-            .add_rule(below(&home.run(), SOCKETS)?)
-            .map_err(failed)?;
+        let store = below(database.parent().unwrap_or(home.root()), STORE)?;
+        let sockets = below(&home.run(), SOCKETS)?;
+        // TCP, where the kernel knows it: no rule, so none.
+        let rules = no_file()?.handle_access(AccessNet::from_all(NEWEST)).map_err(failed)?;
+        let rules = rules.create().map_err(failed)?;
+        let rules = rules.add_rule(store).map_err(failed)?.add_rule(sockets).map_err(failed)?;
+        Ok(Self { rules })
+    }
+
+    /// The files of the network's thread: the one that names the host's resolvers, if there is one. Whom it connects to is
+    /// the policy's to say.
+    pub(super) fn of_network() -> io::Result<Self> {
+        let rules = no_file()?.create().map_err(failed)?;
+        let file = Path::new(RESOLV_CONF).canonicalize();
+        let rules = match file.as_deref().map(replaced_in) {
+            Ok(path) => rules.add_rule(below(path, AccessFs::ReadFile.into())?).map_err(failed)?,
+            Err(_) => rules,
+        };
         Ok(Self { rules })
     }
 

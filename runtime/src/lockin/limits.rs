@@ -5,11 +5,13 @@
 
 use std::io;
 
-use rustix::process::{Resource, Rlimit, setrlimit};
+use cubby_state::SandboxConfig;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::refused;
+use crate::network;
 
-/// Descriptors of a sandbox process besides its clients': 32 vCPUs, queues, interrupt lines, files.
+/// Descriptors of a sandbox process besides its clients' and its network's: 32 vCPUs, queues, interrupt lines, files.
 const DESCRIPTORS: u64 = 256;
 
 /// The store may grow far beyond a small disk; no file of ours grows beyond this or its disk.
@@ -19,8 +21,20 @@ const LARGEST_FILE: u64 = 16 << 30;
 pub(crate) struct Limits {
     /// Clients at once.
     pub(crate) clients: u16,
+    /// Descriptors of its network.
+    pub(crate) network: u64,
     /// Size of its disk in bytes.
     pub(crate) disk: u64,
+}
+
+impl Limits {
+    /// Those of a sandbox. Its network gets what it asks for, or what the host leaves of that.
+    pub(crate) fn new(config: &SandboxConfig) -> Self {
+        let most = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        let left = most.saturating_sub(DESCRIPTORS + u64::from(config.max_clients));
+        let network = if config.has_network() { network::descriptors(config).min(left) } else { 0 };
+        Self { clients: config.max_clients, network, disk: u64::from(config.disk_mib) << 20 }
+    }
 }
 
 /// Sets the process's limits, for good.
@@ -35,7 +49,7 @@ pub(super) fn set(limits: &Limits) -> io::Result<()> {
     }
     for (resource, limit) in [
         (Resource::Core, 0),
-        (Resource::Nofile, DESCRIPTORS + u64::from(limits.clients)),
+        (Resource::Nofile, DESCRIPTORS + u64::from(limits.clients) + limits.network),
         (Resource::Fsize, limits.disk.max(LARGEST_FILE)),
         (Resource::Memlock, 0),
         (Resource::Msgqueue, 0),

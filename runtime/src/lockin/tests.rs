@@ -14,14 +14,17 @@ use std::process::{Command, Output};
 
 use cubby_state::{Event, ExitReason, ExitReport, RunLock, SandboxConfig, SandboxName, Status, Store};
 
+use rustix::net::{AddressFamily, SocketType};
+
 use super::*;
+use crate::network;
 
 /// Tells the test binary that it is the process to be locked in, and where its home is.
 const HOME: &str = "CUBBY_LOCKED_IN_AT";
 /// Which of its test's calls it is to make: a test makes several, each in another process.
 const TURN: &str = "CUBBY_LOCKED_IN_TURN";
 const DONE: &str = "the call came back";
-const LIMITS: Limits = Limits { clients: 16, disk: 1 << 20 };
+const LIMITS: Limits = Limits { clients: 16, network: 0, disk: 1 << 20 };
 
 /// A thread to be.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +33,10 @@ enum Kind {
     Vmm(ThreadKind),
 }
 
-const EVERY: [Kind; 3] = [Kind::Main, Kind::Vmm(ThreadKind::Vcpu), Kind::Vmm(ThreadKind::Worker)];
+const NETWORK: [Kind; 1] = [Kind::Vmm(ThreadKind::Network)];
+const EVERY: [Kind; 4] = [Kind::Main, Kind::Vmm(ThreadKind::Vcpu), Kind::Vmm(ThreadKind::Worker), NETWORK[0]];
+/// All but the network's.
+const OFFLINE: [Kind; 3] = [EVERY[0], EVERY[1], EVERY[2]];
 
 /// Runs the calling test once more, as a process that does `before`, is locked in as `kind`, does `call` and ends. This
 /// process gets its output; that one never returns from here.
@@ -112,6 +118,33 @@ fn no_socket_is_opened() {
     kills(&EVERY, || drop(UdpSocket::bind("127.0.0.1:0")));
     kills(&EVERY, || drop(UnixStream::connect("/run/x.sock")));
     kills(&EVERY, || drop(UnixStream::pair()));
+    let internet = || drop(rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None));
+    kills(&OFFLINE, internet);
+    lets(&NETWORK, |_| (), |()| internet());
+    kills(&EVERY, || drop(rustix::net::socket(AddressFamily::NETLINK, SocketType::RAW, None)));
+    kills(&EVERY, || drop(rustix::net::socket(AddressFamily::PACKET, SocketType::RAW, None)));
+}
+
+#[test]
+fn the_networks_thread_carries_flows_and_reads_who_the_resolvers_are() {
+    let resolvers = fs::read_to_string(network::RESOLV_CONF).ok();
+    let before = |_: &Home| {
+        // A name server, and one who is called.
+        let (server, echo) =
+            (UdpSocket::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let mut config = SandboxConfig::new("x");
+        config.ports = vec![cubby_state::Port::new(0, 80), cubby_state::Port::new(0, 80).udp()];
+        let (card, ports) = network::plug_in(&config, 1000).unwrap();
+        (server, echo, card, ports)
+    };
+    let call = |(server, echo, card, ports)| {
+        if let Some(resolvers) = &resolvers {
+            assert_eq!(&fs::read_to_string(network::RESOLV_CONF).unwrap(), resolvers);
+        }
+        let _: (UdpSocket, TcpListener, cubby_vmm::Network, Vec<cubby_state::Port>) =
+            (server, echo, card, ports);
+    };
+    lets(&NETWORK, before, call);
 }
 
 #[test]
@@ -157,7 +190,7 @@ fn no_device_is_told_anything_but_to_run_the_guest() {
         // SAFETY: the call takes no argument, and standard input is no vCPU.
         unsafe { libc::ioctl(0, 0xae80) };
     };
-    kills(&[Kind::Main, Kind::Vmm(ThreadKind::Worker)], kvm_run);
+    kills(&[Kind::Main, Kind::Vmm(ThreadKind::Worker), NETWORK[0]], kvm_run);
     lets(&[Kind::Vmm(ThreadKind::Vcpu)], |_| (), |()| kvm_run());
 }
 
@@ -199,7 +232,9 @@ fn the_calls_of_another_architecture_kill() {
 
 #[test]
 fn threads_of_the_vmm_open_no_file() {
-    kills(&EVERY[1..], || drop(File::open("/etc/passwd")));
+    kills(&OFFLINE[1..], || drop(File::open("/etc/passwd")));
+    kills(&EVERY[1..], || drop(OpenOptions::new().write(true).open("/dev/null")));
+    kills(&EVERY[1..], || drop(File::create_new("/tmp/nothing")));
     kills(&EVERY[1..], || drop(fs::remove_file("/tmp/nothing")));
     kills(&EVERY[1..2], || drop(File::from(io::stdin().as_fd().try_clone_to_owned().unwrap()).sync_data()));
 }
@@ -227,6 +262,11 @@ fn files_of_others_are_out_of_reach() {
     // The kernel of a build machine may not have it: the end-to-end tests run where it is.
     if ourselves() || landlock_is_here() {
         lets(&[Kind::Main], before, call);
+        let few = |()| {
+            refused_to("a file beside the resolvers'", File::open("/etc/passwd"));
+            refused_to("reading itself", File::open("/proc/self/mem"));
+        };
+        lets(&NETWORK, |_| (), few);
     }
 }
 
