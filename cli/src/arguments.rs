@@ -2,14 +2,17 @@
 
 mod env;
 mod kept;
+mod ports;
 mod unsupported;
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use cubbyhole::Port;
 
 use crate::amount::{duration, mebibytes, seconds};
 use crate::keys::DetachKeys;
@@ -17,6 +20,7 @@ use crate::sessions::{Tail, since};
 
 pub use env::{Variable, VariableFile};
 pub use kept::{Filter, Images, List, Prune, PullImage};
+pub use ports::Network;
 use unsupported::Unsupported;
 
 /// Run code nobody trusts in microVMs of its own
@@ -395,6 +399,15 @@ pub struct Settings {
     /// The host name it has inside
     #[arg(long)]
     pub hostname: Option<String>,
+    /// Let a port of this computer lead into it: [IP:]HOST:GUEST[/udp]; on 127.0.0.1 unless IP is given
+    #[arg(short, long, value_name = "PORTS", value_parser = ports::publish)]
+    pub publish: Vec<Port>,
+    /// Whom it may talk to: none, public or all (default: public)
+    #[arg(long, visible_alias = "net", value_enum, value_name = "WHOM", hide_possible_values = true)]
+    pub network: Option<Network>,
+    /// Ask this server for names, and not those that this computer asks
+    #[arg(long, value_name = "IP[:PORT]", value_parser = ports::resolver)]
+    pub dns: Vec<SocketAddr>,
     /// Set a label
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = label)]
     pub label: Vec<(String, String)>,
@@ -496,14 +509,19 @@ mod tests {
         for (instead, wrong) in [
             ("standard input", ["-v", "/a:/b"]),
             ("standard input", ["--mount", "type=bind"]),
-            ("no network yet", ["-p", "80:80"]),
-            ("no network yet", ["--net", "host"]),
+            ("HOST:GUEST", ["-p", "80:http"]),
+            ("none, public, all", ["--net", "host"]),
+            ("its address", ["--dns", "localhost"]),
             ("no need", ["--privileged", "--rm"]),
         ] {
             let error = parse(&["run", wrong[0], wrong[1], "x"]).unwrap_err().to_string();
             assert!(error.contains(instead), "{error}");
         }
-        parse(&["run", "--network", "none", "x"]).unwrap();
+        let line = ["create", "-p", "8080:80", "-p", "53/udp", "--net", "all", "--dns", "1.1.1.1", "x"];
+        let Command::Create(create) = parse(&line).unwrap() else { panic!("not create") };
+        assert_eq!(create.settings.publish, [Port::new(8080, 80), Port::new(0, 53).udp()]);
+        assert_eq!(create.settings.network, Some(Network::All));
+        assert_eq!(create.settings.dns, [SocketAddr::from(([1, 1, 1, 1], 53))]);
         for wrong in [["-m", "512"], ["-m", "1x"], ["-e", "=1"], ["--timeout", "soon"], ["--cpus", "many"]] {
             assert!(parse(&["run", wrong[0], wrong[1], "x"]).is_err(), "{wrong:?}");
         }

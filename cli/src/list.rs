@@ -119,6 +119,7 @@ fn summary(inspection: &Inspection) -> Value {
         "status": inspection.status.to_string(),
         "created_at": rfc3339(inspection.created_at),
         "labels": inspection.config.labels,
+        "ports": inspection.ports,
     })
 }
 
@@ -139,6 +140,7 @@ fn whole(inspection: &Inspection) -> Result<Value, Failure> {
         "created_at": rfc3339(inspection.created_at),
         "started_at": rfc3339(inspection.started_at),
         "pid": inspection.pid,
+        "ports": inspection.ports,
         "size_on_disk": inspection.size_on_disk,
         "exit": exit,
         "config": config,

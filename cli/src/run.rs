@@ -165,6 +165,9 @@ fn builder(name: &str, settings: Settings, image: &str) -> SandboxBuilder {
     for (name, value) in settings.label {
         builder = builder.label(name, value);
     }
+    builder = settings.publish.into_iter().fold(builder, SandboxBuilder::publish);
+    builder = settings.dns.into_iter().fold(builder, SandboxBuilder::resolver);
+    builder = set(builder, settings.network.map(Into::into), SandboxBuilder::network);
     builder = set(builder, settings.command.workdir, SandboxBuilder::workdir);
     builder = set(builder, settings.command.user, SandboxBuilder::user);
     builder = set(builder, settings.hostname, SandboxBuilder::hostname);

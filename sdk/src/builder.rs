@@ -1,15 +1,17 @@
 //! What a sandbox is made from, and making it.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use cubby_image::{PullOptions, Reference};
-use cubby_state::{ImageDefaults, ImageSource, LaunchSpec, Mistake, SandboxConfig, SandboxName};
+use cubby_state::{
+    ImageDefaults, ImageSource, LaunchSpec, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName,
+};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 pub use cubby_image::PullPolicy;
-pub use cubby_state::NetworkPolicy;
 
 use crate::context::Context;
 use crate::error::{Error, R};
@@ -141,6 +143,52 @@ impl SandboxBuilder {
     /// its disk. Default: it is.
     pub fn logs(mut self, logs: bool) -> Self {
         self.config.logs = logs;
+        self
+    }
+
+    /// Whom the sandbox may talk to. Default: public addresses, and neither this computer nor private networks. Without
+    /// anybody ([`NetworkPolicy::none`] without rules) it has no network card. Everything else is refused at once.
+    ///
+    /// ```
+    /// use cubbyhole::network::{NetworkPolicy, Rule};
+    /// use cubbyhole::Sandbox;
+    ///
+    /// let policy = NetworkPolicy::none()
+    ///     .rule(Rule::allow().name("pypi.org".parse()?).ports(443))
+    ///     .rule(Rule::allow().name("*.pythonhosted.org".parse()?).ports(443));
+    /// let builder = Sandbox::builder("worker").image("python:3.12").network(policy);
+    /// # let _ = builder;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn network(mut self, policy: NetworkPolicy) -> Self {
+        self.config.network = policy;
+        self
+    }
+
+    /// Lets a TCP port of this computer's `127.0.0.1` lead to one of the sandbox. Port 0 of this computer is one that is
+    /// free, which [`Sandbox::ports`] tells. One that is taken fails the create with [`Error::PortUnavailable`].
+    pub fn port(self, host: u16, guest: u16) -> Self {
+        self.publish(Port::new(host, guest))
+    }
+
+    /// The same for UDP and for other addresses of this computer.
+    ///
+    /// ```
+    /// use cubbyhole::{Port, Sandbox};
+    ///
+    /// let everybody = std::net::Ipv4Addr::UNSPECIFIED;
+    /// let builder = Sandbox::builder("dns").image("dns").publish(Port::new(5353, 53).udp().on(everybody));
+    /// # let _ = builder;
+    /// ```
+    pub fn publish(mut self, port: Port) -> Self {
+        self.config.ports.push(port);
+        self
+    }
+
+    /// Asks this server for names on the sandbox's behalf, and not whom `/etc/resolv.conf` of this computer names. Up to
+    /// four.
+    pub fn resolver(mut self, server: SocketAddr) -> Self {
+        self.config.resolvers.push(server);
         self
     }
 

@@ -54,6 +54,16 @@ pub enum Error {
         /// How many there may be.
         max: u16,
     },
+    /// A port that the sandbox is to publish cannot be had.
+    #[error("sandbox {name:?} cannot publish {address}: {why}")]
+    PortUnavailable {
+        /// The sandbox.
+        name: String,
+        /// Where it was to listen.
+        address: std::net::SocketAddr,
+        /// What stood in the way, and what to do.
+        why: String,
+    },
     /// The sandbox ended while something was in progress, whose outcome is not known.
     #[error("sandbox {name:?} ended during {operation}: {reason}; Sandbox::start boots it again with its disk", reason = report.reason)]
     Ended {

@@ -95,7 +95,10 @@ pub(crate) async fn launch(runtime: &Path, spec: &LaunchSpec) -> R<Vec<BootPhase
     held.map_err(|error| failed(format!("watching it: {error}")))?;
     match reported {
         Ok(LaunchReport::Ready { boot }) => Ok(phases(&boot, begin.elapsed())),
-        Ok(LaunchReport::Failed { reason, message, remedy, console_tail }) => {
+        Ok(LaunchReport::Failed { port: Some(address), message: why, .. }) => {
+            Err(Error::PortUnavailable { name: spec.name.to_string(), address, why })
+        }
+        Ok(LaunchReport::Failed { reason, message, remedy, console_tail, .. }) => {
             Err(boot_failed(spec, reason, message, remedy, console_tail))
         }
         Err(error) => {

@@ -43,7 +43,7 @@ mod reaper;
 mod sandbox;
 mod sessions;
 
-pub use builder::{NetworkPolicy, Progress, PullPolicy, SandboxBuilder};
+pub use builder::{Progress, PullPolicy, SandboxBuilder};
 pub use error::{Error, EventFault, ExecErrorKind, R};
 pub use events::{Event, EventStream, Subscription};
 pub use exec::{ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExitStatus};
@@ -61,4 +61,7 @@ pub use sandbox::{Inspection, Sandbox, SandboxHandle};
 pub use sessions::{SessionEnd, SessionInfo};
 
 pub use cubby_image::Progress as ImageProgress;
-pub use cubby_state::{ExitReason, ExitReport, ImageDefaults, Mistake, SandboxConfig, Status};
+pub use cubby_state::{
+    ExitReason, ExitReport, ImageDefaults, Mistake, NetworkPolicy, Port, SandboxConfig, Status, Transport,
+    network,
+};

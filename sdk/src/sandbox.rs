@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use cubby_protocol::message::Request;
 use cubby_state::{
-    Event, ExitReport, ProcessIdentity, Record, Run, SandboxConfig, SandboxName, Status, StoreError,
+    Event, ExitReport, Port, ProcessIdentity, Record, Run, SandboxConfig, SandboxName, Status, StoreError,
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -145,6 +145,11 @@ impl Sandbox {
         Ok(self.link.record()?.status)
     }
 
+    /// The ports of this computer that lead into it, while it lives.
+    pub async fn ports(&self) -> R<Vec<Port>> {
+        Ok(self.inspect().await?.ports)
+    }
+
     /// All that is kept about it: what it was made from, and its current or last run.
     pub async fn inspect(&self) -> R<Inspection> {
         let record = self.link.record()?;
@@ -156,6 +161,7 @@ impl Sandbox {
             started_at: run.started_at,
             pid: run.process.filter(|_| record.status.is_live()).map(|process| process.pid),
             exit: run.exit,
+            ports: if record.status.is_live() { run.ports } else { Vec::new() },
             size_on_disk: size_on_disk(&self.link.context.store.home().sandbox(&self.link.id)),
             config: record.config,
         })
@@ -410,6 +416,9 @@ pub struct Inspection {
     pub pid: Option<u32>,
     /// How that run ended; `None` if it has not.
     pub exit: Option<ExitReport>,
+    /// The ports of this computer that lead into it, while it lives. Where [`SandboxConfig::ports`] has 0, these have what
+    /// was found.
+    pub ports: Vec<Port>,
     /// Bytes that its own files take on the host's disk; those of its image are not among them.
     pub size_on_disk: u64,
     /// What it was made from, the image's own configuration included.

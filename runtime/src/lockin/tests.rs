@@ -4,13 +4,14 @@
 
 use std::cell::Cell;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind};
-use std::net::{TcpListener, UdpSocket};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use cubby_state::{Event, ExitReason, ExitReport, RunLock, SandboxConfig, SandboxName, Status, Store};
 
@@ -128,21 +129,23 @@ fn no_socket_is_opened() {
 #[test]
 fn the_networks_thread_carries_flows_and_reads_who_the_resolvers_are() {
     let resolvers = fs::read_to_string(network::RESOLV_CONF).ok();
-    let before = |_: &Home| {
-        // A name server, and one who is called.
-        let (server, echo) =
-            (UdpSocket::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
-        let mut config = SandboxConfig::new("x");
-        config.ports = vec![cubby_state::Port::new(0, 80), cubby_state::Port::new(0, 80).udp()];
-        let (card, ports) = network::plug_in(&config, 1000).unwrap();
-        (server, echo, card, ports)
-    };
-    let call = |(server, echo, card, ports)| {
+    let before = |_: &Home| TcpListener::bind("127.0.0.1:0").unwrap();
+    let call = |port: TcpListener| {
         if let Some(resolvers) = &resolvers {
             assert_eq!(&fs::read_to_string(network::RESOLV_CONF).unwrap(), resolvers);
         }
-        let _: (UdpSocket, TcpListener, cubby_vmm::Network, Vec<cubby_state::Port>) =
-            (server, echo, card, ports);
+        let mut client = TcpStream::connect(port.local_addr().unwrap()).unwrap();
+        let (mut server, _) = port.accept().unwrap();
+        client.set_nodelay(true).unwrap();
+        rustix::net::sockopt::set_socket_keepalive(&client, true).unwrap();
+        rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+        client.set_nonblocking(true).unwrap();
+        client.write_all(b"passed on").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut passed = String::new();
+        server.read_to_string(&mut passed).unwrap();
+        assert_eq!(passed, "passed on");
+        assert!(client.take_error().unwrap().is_none());
     };
     lets(&NETWORK, before, call);
 }
