@@ -107,8 +107,9 @@ async fn what_is_wrong_before_a_guest_boots_is_said_and_is_125() {
         (&["run", "-m", "512", &image()], "512m or 2g"),
         (&["run", "-d", &image(), "true"], "cubby exec"),
         (&["run", "-v", "/a:/b", &image(), "true"], "shares no directory"),
-        (&["run", "-p", "80:80", &image(), "true"], "no network yet"),
-        (&["run", "--network", "host", &image(), "true"], "no network yet"),
+        (&["run", "-p", "80:http", &image(), "true"], "HOST:GUEST"),
+        (&["run", "-p", "80:80", "--network", "none", &image(), "true"], "where the network is none"),
+        (&["run", "--network", "host", &image(), "true"], "none, public, all"),
         (&["run", "--env-file", "/no/such/file", &image(), "true"], "No such file"),
         (&["exec", "no-such-sandbox", "true"], "there is no sandbox named \"no-such-sandbox\": cubby ls"),
     ] {

@@ -30,6 +30,7 @@ pages! {
     commands: "commands.md",
     files: "files.md",
     events: "events.md",
+    network: "network.md",
     the_lifecycle: "lifecycle.md",
     images: "images.md",
     the_command_line: "cubby.md",
@@ -165,6 +166,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("events", env!("CARGO_BIN_EXE_cubby-example-events")),
     ("files", env!("CARGO_BIN_EXE_cubby-example-files")),
     ("lifecycle", env!("CARGO_BIN_EXE_cubby-example-lifecycle")),
+    ("network", env!("CARGO_BIN_EXE_cubby-example-network")),
     ("pool", env!("CARGO_BIN_EXE_cubby-example-pool")),
     ("run_code", env!("CARGO_BIN_EXE_cubby-example-run_code")),
 ];

@@ -24,6 +24,7 @@ mod lockin;
 mod logs;
 mod many;
 mod metrics;
+mod network;
 mod processes;
 mod seed;
 mod sessions;
