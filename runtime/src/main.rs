@@ -41,7 +41,7 @@ use std::time::Instant;
 use console_tap::ConsoleTap;
 use cubby_state::launch::{HostCheck, Unsupported, to_line};
 use cubby_state::{ExitReason, ExitReport, LaunchReport, LaunchSpec, RunLock, Store, StoreError};
-use cubby_vmm::{Error, Vm};
+use cubby_vmm::{Error, Network, Vm};
 use last_words::LastWords;
 use launch::Launch;
 use lockin::{Limits, LockIn};
@@ -96,7 +96,10 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { reason, message, remedy, port }) => {
-            say(&message);
+            match port {
+                Some(port) => say(format_args!("{port} cannot be published: {message}")),
+                None => say(&message),
+            }
             launch.report(&LaunchReport::Failed { reason, message, remedy, port, console_tail: None });
             ExitCode::FAILURE
         }
@@ -176,17 +179,7 @@ fn boot(
     let mut config = machine::config(spec, &assets, marked.clone(), tap.with(pen))
         .map_err(|why| Failure::at("disks", why))?;
     let limits = Limits::new(&spec.config);
-    if spec.config.has_network() {
-        let made = network::plug_in(&spec.config, limits.network);
-        let (card, ports) = made.map_err(|network::Failed { message, port }| Failure {
-            port,
-            ..Failure::at("network", message)
-        })?;
-        config.network = Some(card);
-        if !ports.is_empty() {
-            store.set_ports(spec.run, &ports).map_err(|error| Failure::at("store", chain(&error)))?;
-        }
-    }
+    config.network = network(spec, store, &limits)?;
     let relay = Relay::listen(&spec.socket, spec.config.max_clients, open_log(spec))
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {
@@ -208,6 +201,19 @@ fn boot(
     lock_in.finish(&limits).map_err(locking)?;
     supervisor::run(Parts { spec, launch, store, will, relay, tap, vm, events, marked, signals, began })
         .map_err(|why| Failure::at("supervisor", why))
+}
+
+/// The guest's network, whose ports are listened on and recorded, unless it has none.
+fn network(spec: &LaunchSpec, store: &Store, limits: &Limits) -> Result<Option<Network>, Failure> {
+    if !spec.config.has_network() {
+        return Ok(None);
+    }
+    let (network, ports) = network::plug_in(&spec.config, limits.network)
+        .map_err(|network::Failed { message, port }| Failure { port, ..Failure::at("network", message) })?;
+    if !ports.is_empty() {
+        store.set_ports(spec.run, &ports).map_err(|error| Failure::at("store", chain(&error)))?;
+    }
+    Ok(Some(network))
 }
 
 /// The sandbox's log. One that cannot be had keeps nobody from the sandbox.

@@ -73,12 +73,12 @@ pub(crate) fn plug_in(
         },
         Instant::now(),
     );
-    let stack = stack.map_err(|error| {
-        let port = match error {
-            StackError::Listen { address, .. } => Some(address),
-            _ => None,
-        };
-        Failed { message: chain(&error), port }
+    let stack = stack.map_err(|error| match error {
+        StackError::Listen { address, source } => Failed {
+            message: format!("{source}; choose another port, or 0 for a free one"),
+            port: Some(address),
+        },
+        error => Failed { message: chain(&error), port: None },
     })?;
     // They come back in the order in which they went.
     let got = stack.published();
@@ -159,7 +159,8 @@ impl Plug {
             NetworkEvent::Connected { .. } => return,
             NetworkEvent::Denied { protocol, direction, peer, name, by } => {
                 let name = name.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
-                format!("{protocol:?} {direction:?} {peer}{name}: {}", self.by(*by))
+                let what = format!("{direction:?} {protocol:?}").to_lowercase();
+                format!("{what} {peer}{name}: {}", self.by(*by))
             }
             NetworkEvent::NameDenied { name, by } => format!("looking up {name}: {}", self.by(*by)),
             NetworkEvent::AnswerDropped { name, address } => {

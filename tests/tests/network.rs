@@ -192,7 +192,7 @@ async fn who_is_not_there_refuses_and_who_may_not_be_talked_to_does_at_once() {
     // Which rule it was is told to whoever looks.
     let log = store().home().sandbox(&sandbox.name().parse().unwrap()).join("process.log");
     let log = std::fs::read_to_string(log).unwrap();
-    let line = "cubby-sandbox: network: refused Tcp Outbound 169.254.169.254:";
+    let line = "cubby-sandbox: network: refused outbound tcp 169.254.169.254:";
     let told = log.lines().find(|told| told.starts_with(line)).unwrap_or_else(|| panic!("{log}"));
     assert!(told.ends_with(": no rule, and the policy is public"), "{told}");
     discard(sandbox).await;

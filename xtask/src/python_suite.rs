@@ -33,7 +33,7 @@ const DOCUMENT: &str = "docs/python-suite.md";
 const IN_A_SANDBOX: &str = r#"
 image=$1 results=$2 program=$3
 shift 3
-cubby create --quiet --name python-suite --memory 1g --disk 8g "$image" || exit 125
+cubby create --quiet --name python-suite --network none --memory 1g --disk 8g "$image" || exit 125
 for module; do
     echo "    $module" >&2
     cubby exec --timeout 40m python-suite python3 -c "$program" "$module" \
