@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use cubby_benches::{Report, Samples, boot_picture, broken_promises};
 use cubby_state::{ExitReason, ExitReport, Home, SandboxConfig, SandboxName, Store};
-use cubbyhole::{Error, ExecEvent, Sandbox};
+use cubbyhole::{Error, ExecEvent, NetworkPolicy, Sandbox};
 
 /// Boots measured, after one that fills the caches.
 const BOOTS: usize = 7;
@@ -58,10 +58,31 @@ async fn measure(boots: usize) -> Result<Samples, Error> {
     boot(&image, &mut Samples::default()).await?;
     for round in 1..=boots {
         boot(&image, &mut samples).await?;
+        offline(&image, &mut samples).await?;
         eprintln!("boot {round} of {boots}");
     }
     list(boots, &mut samples).await?;
     Ok(samples)
+}
+
+/// What a create takes without a network, and so what a network costs.
+async fn offline(image: &str, samples: &mut Samples) -> Result<(), Error> {
+    let name = format!("bench-offline-{}", std::process::id());
+    let builder = Sandbox::builder(&name).image(image).network(NetworkPolicy::none());
+    let (sandbox, time) = timed(builder.create()).await;
+    let sandbox = sandbox?;
+    samples.add("create, no network", time);
+    for phase in sandbox.boot_phases() {
+        samples.add(&format!("create, no network: {}", phase.name), phase.duration);
+    }
+    for _ in 0..PAUSES {
+        let (paused, time) = timed(sandbox.pause()).await;
+        paused?;
+        samples.add("pause, no network", time);
+        sandbox.resume().await?;
+    }
+    sandbox.kill().await?;
+    Sandbox::remove(&name).await
 }
 
 async fn boot(image: &str, samples: &mut Samples) -> Result<(), Error> {
