@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -129,12 +129,15 @@ fn no_socket_is_opened() {
 #[test]
 fn the_networks_thread_carries_flows_and_reads_who_the_resolvers_are() {
     let resolvers = fs::read_to_string(network::RESOLV_CONF).ok();
-    let before = |_: &Home| TcpListener::bind("127.0.0.1:0").unwrap();
-    let call = |port: TcpListener| {
+    let before = |_: &Home| {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap();
+        (port.local_addr().unwrap(), port)
+    };
+    let call = |(address, port): (SocketAddr, TcpListener)| {
         if let Some(resolvers) = &resolvers {
             assert_eq!(&fs::read_to_string(network::RESOLV_CONF).unwrap(), resolvers);
         }
-        let mut client = TcpStream::connect(port.local_addr().unwrap()).unwrap();
+        let mut client = TcpStream::connect(address).unwrap();
         let (mut server, _) = port.accept().unwrap();
         client.set_nodelay(true).unwrap();
         rustix::net::sockopt::set_socket_keepalive(&client, true).unwrap();
