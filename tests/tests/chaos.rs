@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cubby_state::{Home, Record, Status, Store, liveness};
 use cubby_tests::random::Random;
@@ -20,6 +20,9 @@ const CLIENTS: u64 = 8;
 
 /// How long all of it may take for each sandbox, on the slowest machine.
 const BOUND_EACH: Duration = Duration::from_secs(10);
+
+/// How long the last of it may take to be on record.
+const PATIENCE: Duration = Duration::from_secs(100);
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
@@ -187,7 +190,7 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
     println!("{begun} sandboxes were begun; killed: {killed:?}");
     assert_eq!(begun, count);
 
-    let mut lies = Vec::new();
+    let (begin, mut lies) = (Instant::now(), Vec::new());
     until("the truth", async || {
         let holders = holders(&home);
         let rows = store.list().unwrap();
@@ -196,6 +199,7 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
             .filter(|record| !is_true(&home, record, &holders))
             .map(|record| format!("{record:?}"))
             .collect();
+        assert!(begin.elapsed() < PATIENCE, "{}", lies.join("\n"));
         lies.is_empty()
     })
     .await;
