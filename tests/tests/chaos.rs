@@ -21,8 +21,8 @@ const CLIENTS: u64 = 8;
 /// How long all of it may take for each sandbox, on the slowest machine.
 const BOUND_EACH: Duration = Duration::from_secs(10);
 
-/// How long the last of it may take to be on record.
-const PATIENCE: Duration = Duration::from_secs(100);
+/// How long the last of it may take to be on record: a boot whose client is gone has two minutes, a stop ten seconds.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
@@ -190,19 +190,22 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
     println!("{begun} sandboxes were begun; killed: {killed:?}");
     assert_eq!(begun, count);
 
-    let (begin, mut lies) = (Instant::now(), Vec::new());
-    until("the truth", async || {
+    let begin = Instant::now();
+    loop {
         let holders = holders(&home);
         let rows = store.list().unwrap();
         let records = rows.iter().filter_map(|row| store.get(&row.name).ok());
-        lies = records
+        let lies: Vec<_> = records
             .filter(|record| !is_true(&home, record, &holders))
             .map(|record| format!("{record:?}"))
             .collect();
+        if lies.is_empty() {
+            break;
+        }
         assert!(begin.elapsed() < PATIENCE, "{}", lies.join("\n"));
-        lies.is_empty()
-    })
-    .await;
+        // No event tells.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let mut ends = BTreeMap::new();
     for row in store.list().unwrap() {
         let status = row.status.to_string();
