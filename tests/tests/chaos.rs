@@ -91,6 +91,29 @@ fn is_true(home: &Home, record: &Record, holders: &[(u32, PathBuf)]) -> bool {
     }
 }
 
+/// What speaks for or against a row: what its processes do, thread by thread, and what they have said.
+fn evidence(home: &Home, record: &Record) -> String {
+    let directory = home.sandbox(&record.name);
+    let mut text = format!("{record:?}\n");
+    for process in std::fs::read_dir("/proc").unwrap().flatten() {
+        let path = process.path();
+        let holds = |fd: &std::fs::DirEntry| {
+            std::fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(&directory))
+        };
+        if !std::fs::read_dir(path.join("fd")).into_iter().flatten().flatten().any(|fd| holds(&fd)) {
+            continue;
+        }
+        for thread in std::fs::read_dir(path.join("task")).into_iter().flatten().flatten() {
+            let read = |file| std::fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+            let (status, place, call) = (read("status"), read("wchan"), read("syscall"));
+            let lines: Vec<_> = status.lines().take(3).collect();
+            text += &format!("{}: {lines:?} in {place:?}, {call:?}\n", thread.path().display());
+        }
+    }
+    let log = directory.join("process.log");
+    text + &std::fs::read_to_string(log).unwrap_or_default()
+}
+
 /// One client after another, until `count` sandboxes were begun. Every line is sent on.
 async fn carry(
     home: Home,
@@ -197,12 +220,12 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
         let records = rows.iter().filter_map(|row| store.get(&row.name).ok());
         let lies: Vec<_> = records
             .filter(|record| !is_true(&home, record, &holders))
-            .map(|record| format!("{record:?}"))
             .collect();
         if lies.is_empty() {
             break;
         }
-        assert!(begin.elapsed() < PATIENCE, "{}", lies.join("\n"));
+        let evidence = || lies.iter().map(|record| evidence(&home, record)).collect::<String>();
+        assert!(begin.elapsed() < PATIENCE, "{}", evidence());
         // No event tells.
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
