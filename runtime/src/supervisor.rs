@@ -350,7 +350,7 @@ impl Supervisor<'_> {
         self.policies.stop(reason, Instant::now().checked_add(timeout));
         if was == Status::Creating {
             // There is no agent to ask and nothing to save.
-            self.vm.kill();
+            self.vm.cut_power();
         } else {
             self.control.shut_down(grace(timeout), vsock);
         }
@@ -358,7 +358,7 @@ impl Supervisor<'_> {
 
     fn kill(&mut self) {
         self.policies.end(ExitReason::Killed);
-        self.vm.kill();
+        self.vm.cut_power();
     }
 
     fn on_control(&mut self, vsock: &mut Vsock) {
@@ -408,7 +408,7 @@ impl Supervisor<'_> {
             Some(self.console()),
         );
         self.policies.end(ExitReason::BootFailed { stage: stage.into() });
-        self.vm.kill();
+        self.vm.cut_power();
     }
 
     /// The agent's connection is gone: unless its power-off follows, the sandbox is of no more use.
@@ -478,7 +478,7 @@ impl Supervisor<'_> {
                     }
                 }
                 Due::Stop => self.control.shut_down(grace(policy::STOP), vsock),
-                Due::Kill => self.vm.kill(),
+                Due::Kill => self.vm.cut_power(),
             }
         }
     }
