@@ -25,6 +25,7 @@ mod logs;
 mod many;
 mod metrics;
 mod network;
+mod ordinary_user;
 mod processes;
 mod seed;
 mod sessions;
