@@ -2,7 +2,7 @@
 //! ([`Upstream`]), whose bytes are forwarded as they lie in the device's buffer; and views of sessions that have been
 //! detached, whose frames are among our own.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -88,7 +88,7 @@ pub(crate) struct Client {
     /// Something has come that is use of the sandbox.
     used: bool,
     /// Its views, and the sessions behind them.
-    pub(crate) views: HashMap<SessionId, SessionId>,
+    pub(crate) views: BTreeMap<SessionId, SessionId>,
     /// The largest number of a session that it has opened.
     pub(crate) newest: u32,
     /// Nothing more is read; the connection ends once `own` is out.
@@ -109,7 +109,7 @@ impl Client {
             own: Hello::OURS.to_frame().to_vec(),
             own_done: 0,
             used: false,
-            views: HashMap::new(),
+            views: BTreeMap::new(),
             newest: 0,
             closing: false,
         };

@@ -1,6 +1,6 @@
 //! The relay: the socket that clients connect to, and all who are connected.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,10 +29,10 @@ pub(crate) struct Asked {
 
 pub(crate) struct Relay {
     listener: UnixListener,
-    pub(crate) clients: HashMap<ClientId, Client>,
+    pub(crate) clients: BTreeMap<ClientId, Client>,
     /// Each client's stream. It outlives its client for a detached session.
-    pub(crate) upstreams: HashMap<ClientId, Upstream>,
-    streams: HashMap<StreamId, ClientId>,
+    pub(crate) upstreams: BTreeMap<ClientId, Upstream>,
+    streams: BTreeMap<StreamId, ClientId>,
     pub(crate) ended: Ended,
     quota: Quota,
     notes: Notes,
@@ -62,9 +62,9 @@ impl Relay {
         rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
         Ok(Self {
             listener,
-            clients: HashMap::new(),
-            upstreams: HashMap::new(),
-            streams: HashMap::new(),
+            clients: BTreeMap::new(),
+            upstreams: BTreeMap::new(),
+            streams: BTreeMap::new(),
             ended: Ended::default(),
             quota: Quota::default(),
             notes: Notes::new(log),
