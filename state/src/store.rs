@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use cubby_network_policy::NetworkPolicy;
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
 
@@ -214,6 +215,33 @@ impl Store {
             let record = sql::current(tx, run)?.record;
             let json = serde_json::to_string(ports).map_err(|source| row(&record.name, source))?;
             sql::set_ports(tx, run, &json)
+        })
+    }
+
+    /// Says whom the sandbox of `run` may talk to from now on, and in later runs.
+    ///
+    /// # Errors
+    /// [`StoreError::RunOver`] if the run has ended.
+    pub fn set_network(&self, run: RunId, policy: &NetworkPolicy) -> Result<(), StoreError> {
+        self.write(|tx| write_network(tx, sql::current(tx, run)?, policy))
+    }
+
+    /// Says whom a sandbox that has ended may talk to in later runs. `false`: it lives, and its process is to be asked.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub fn set_network_of_ended(
+        &self,
+        name: &SandboxName,
+        policy: &NetworkPolicy,
+    ) -> Result<bool, StoreError> {
+        self.write(|tx| {
+            let row = self.settled(tx, name)?;
+            let ended = !row.record.status.is_live();
+            if ended {
+                write_network(tx, row, policy)?;
+            }
+            Ok(ended)
         })
     }
 
@@ -560,6 +588,13 @@ fn next(record: &Record, event: Event) -> Result<Status, StoreError> {
         Ok(Next::Gone) => Ok(record.status),
         Err(refused) => Err(StoreError::Refused { name: record.name.clone(), refused }),
     }
+}
+
+fn write_network(tx: &Transaction<'_>, row: sql::Row, policy: &NetworkPolicy) -> Result<(), StoreError> {
+    let Record { name, config, .. } = row.record;
+    let config = SandboxConfig { network: policy.clone(), ..config };
+    let json = serde_json::to_string(&config).map_err(|source| self::row(&name, source))?;
+    sql::set_config(tx, row.id, &json)
 }
 
 fn row(name: &SandboxName, source: serde_json::Error) -> StoreError {
