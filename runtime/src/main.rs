@@ -29,6 +29,7 @@ mod signals;
 mod supervisor;
 mod sys;
 mod upstream;
+mod watches;
 mod will;
 
 use std::fmt::Display;
@@ -46,6 +47,7 @@ use last_words::LastWords;
 use launch::Launch;
 use lockin::{Limits, LockIn};
 use machine::Marked;
+use network::{Exchange, Plugged};
 use output_log::OutputLog;
 use relay::Relay;
 use signals::Signals;
@@ -179,7 +181,10 @@ fn boot(
     let mut config = machine::config(spec, &assets, marked.clone(), tap.with(pen))
         .map_err(|why| Failure::at("disks", why))?;
     let limits = Limits::new(&spec.config);
-    config.network = network(spec, store, &limits)?;
+    let exchange = network(spec, store, &limits)?.map(|(network, exchange)| {
+        config.network = Some(network);
+        exchange
+    });
     let relay = Relay::listen(&spec.socket, spec.config.max_clients, open_log(spec))
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
     let vmm = |error: Error| match error {
@@ -199,21 +204,25 @@ fn boot(
     let vm = Vm::boot(config, &mut events).map_err(vmm)?;
     // Everything is open and every thread runs. The guest does not yet.
     lock_in.finish(&limits).map_err(locking)?;
-    supervisor::run(Parts { spec, launch, store, will, relay, tap, vm, events, marked, signals, began })
-        .map_err(|why| Failure::at("supervisor", why))
+    let parts = Parts { spec, launch, store, will, relay, tap, exchange, vm, events, marked, signals, began };
+    supervisor::run(parts).map_err(|why| Failure::at("supervisor", why))
 }
 
 /// The guest's network, whose ports are listened on and recorded, unless it has none.
-fn network(spec: &LaunchSpec, store: &Store, limits: &Limits) -> Result<Option<Network>, Failure> {
+fn network(
+    spec: &LaunchSpec,
+    store: &Store,
+    limits: &Limits,
+) -> Result<Option<(Network, Exchange)>, Failure> {
     if !spec.config.has_network() {
         return Ok(None);
     }
-    let (network, ports) = network::plug_in(&spec.config, limits.network)
+    let Plugged { network, exchange, ports } = network::plug_in(&spec.config, limits.network)
         .map_err(|network::Failed { message, port }| Failure { port, ..Failure::at("network", message) })?;
     if !ports.is_empty() {
         store.set_ports(spec.run, &ports).map_err(|error| Failure::at("store", chain(&error)))?;
     }
-    Ok(Some(network))
+    Ok(Some((network, exchange)))
 }
 
 /// The sandbox's log. One that cannot be had keeps nobody from the sandbox.

@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 
-use cubby_protocol::message::{Fatal, Refused, Reply, Welcome};
+use cubby_protocol::message::{Fatal, NetworkEvent, Refused, Reply, Welcome};
 use cubby_vmm::devices::vsock::{StreamId, Vsock};
 use event_manager::{EventOps, Events};
 use rustix::net::SocketFlags;
@@ -44,6 +45,8 @@ pub(crate) struct Relay {
     max_clients: u16,
     agent_ready: bool,
     used: bool,
+    /// Whether the guest has a network that can be watched.
+    has_network: bool,
 }
 
 impl Relay {
@@ -74,6 +77,7 @@ impl Relay {
             max_clients,
             agent_ready: false,
             used: false,
+            has_network: false,
         })
     }
 
@@ -98,6 +102,25 @@ impl Relay {
 
     pub(crate) fn clients(&self) -> u16 {
         u16::try_from(self.clients.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The guest has a network.
+    pub(crate) fn set_network(&mut self) {
+        self.has_network = true;
+    }
+
+    /// Whether somebody wants to hear of it.
+    pub(crate) fn listens(&self) -> bool {
+        self.clients.values().any(|client| !client.watches.is_empty())
+    }
+
+    /// Something has happened in the guest's network.
+    pub(crate) fn on_network(&mut self, events: impl IntoIterator<Item = NetworkEvent>) {
+        let listeners = || self.clients.iter().filter(|(_, client)| !client.watches.is_empty());
+        self.awake.extend(listeners().map(|(id, _)| *id));
+        for event in events.into_iter().map(Arc::new) {
+            self.clients.values_mut().for_each(|client| client.watches.push(&event));
+        }
     }
 
     /// The agent accepts streams from now on.
@@ -219,6 +242,14 @@ impl Relay {
                 match deed {
                     Deed::Call(call) => asked.push(Asked { client: id, call }),
                     Deed::Attach { session, to } => self.attach(id, session, to),
+                    Deed::Watch { session } => {
+                        if let Some(client) = self.clients.get_mut(&id) {
+                            match self.has_network {
+                                true => client.watch(session),
+                                false => client.refuse_session(session, &Refused::NoNetwork),
+                            }
+                        }
+                    }
                     Deed::View { session, kind, payload } => {
                         self.on_view_frame(id, session, kind, &payload, vsock);
                     }

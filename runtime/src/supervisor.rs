@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use cubby_protocol::SessionId;
 use cubby_protocol::message::{Mark, Refused, Reply, Request, SandboxStatus};
+use cubby_state::network::{MAX_RULES, NetworkPolicy};
 use cubby_state::{Event, ExitReason, ExitReport, LaunchReport, LaunchSpec, Next, Status, Store};
 use cubby_vmm::devices::Device;
 use cubby_vmm::devices::vsock::{How, Port, Vsock, VsockEvent};
@@ -19,6 +20,7 @@ use crate::control::{Control, Said};
 use crate::ending::{self, Evidence};
 use crate::launch::Launch;
 use crate::machine::{self, Marked};
+use crate::network::{self, Exchange, Ticket};
 use crate::policy::{self, Due, Policies};
 use crate::relay::{Asked, Relay};
 use crate::signals::{self, Signals, Wish};
@@ -29,6 +31,7 @@ const EXIT: u32 = u32::MAX;
 const LAUNCH: u32 = u32::MAX - 1;
 const SIGNALS: u32 = u32::MAX - 2;
 const CONSOLE: u32 = u32::MAX - 3;
+const NETWORK: u32 = u32::MAX - 4;
 
 /// How long an attached sandbox has to end once its application is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -50,6 +53,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) will: &'a Will,
     pub(crate) relay: Relay,
     pub(crate) tap: ConsoleTap,
+    pub(crate) exchange: Option<Exchange>,
     pub(crate) vm: Vm,
     pub(crate) events: EventLoop,
     pub(crate) marked: Marked,
@@ -65,6 +69,7 @@ struct Supervisor<'a> {
     will: &'a Will,
     relay: Relay,
     tap: ConsoleTap,
+    network: Option<NetworkOffice>,
     control: Control,
     vm: Vm,
     vsock: Arc<Mutex<Vsock>>,
@@ -78,6 +83,19 @@ struct Supervisor<'a> {
     tell: Option<Instant>,
     /// Who wants to know when it is over.
     waiters: Vec<Asked>,
+}
+
+/// The network, as the supervisor has it.
+struct NetworkOffice {
+    exchange: Exchange,
+    /// Who waits for rules to come into force.
+    waiters: Vec<(Ticket, Asked)>,
+}
+
+impl NetworkOffice {
+    fn new(exchange: Exchange) -> Self {
+        Self { exchange, waiters: Vec::new() }
+    }
 }
 
 /// The descriptors of the supervisor, as a subscriber that only notes what happened.
@@ -101,20 +119,23 @@ impl MutEventSubscriber for Inbox {
 /// Carries the sandbox from its first instruction to its record in the store.
 pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, store, will, relay, tap, vm, mut events, marked, signals, began } = parts;
+    let Parts { spec, launch, store, will, mut relay, tap, exchange, vm, mut events, marked, signals, began } =
+        parts;
     let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
-    let inbox = events.add_subscriber(Box::new(Inbox {
-        sources: vec![
-            (relay.listener().as_raw_fd(), Relay::LISTENER),
-            (vm.exit_event().as_raw_fd(), EXIT),
-            (launch.socket().as_raw_fd(), LAUNCH),
-            (signals.descriptor().as_raw_fd(), SIGNALS),
-            (tap.event().as_raw_fd(), CONSOLE),
-        ],
-        happened: happened.clone(),
-    }));
+    let mut sources = vec![
+        (relay.listener().as_raw_fd(), Relay::LISTENER),
+        (vm.exit_event().as_raw_fd(), EXIT),
+        (launch.socket().as_raw_fd(), LAUNCH),
+        (signals.descriptor().as_raw_fd(), SIGNALS),
+        (tap.event().as_raw_fd(), CONSOLE),
+    ];
+    if let Some(exchange) = &exchange {
+        sources.push((exchange.news().as_raw_fd(), NETWORK));
+        relay.set_network();
+    }
+    let inbox = events.add_subscriber(Box::new(Inbox { sources, happened: happened.clone() }));
     let boot_timeout = Duration::from_millis(spec.boot_timeout_ms);
     let mut supervisor = Supervisor {
         status: Status::Creating,
@@ -130,6 +151,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         will,
         relay,
         tap,
+        network: exchange.map(NetworkOffice::new),
         vm,
         vsock,
         marked,
@@ -173,6 +195,7 @@ impl Supervisor<'_> {
                 LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
                 SIGNALS => self.on_signals(&mut vsock),
                 CONSOLE => self.log_console(),
+                NETWORK => self.on_network(),
                 _ => self.relay.on_socket(event, &mut ops, &mut vsock),
             }
         }
@@ -206,6 +229,9 @@ impl Supervisor<'_> {
         }
         let mut asked = Vec::new();
         self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        if let Some(network) = &self.network {
+            network.exchange.listen(self.relay.listens());
+        }
         if self.relay.take_use() {
             self.policies.used(Instant::now());
         }
@@ -251,7 +277,7 @@ impl Supervisor<'_> {
     fn on_request(&mut self, asked: Asked) {
         let shared = self.vsock.clone();
         let vsock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let answer = match asked.call.request {
+        let answer = match &asked.call.request {
             Request::Status => Ok(Some(Reply::Status(SandboxStatus {
                 state: self.status.to_string(),
                 sessions: u32::try_from(self.relay.sessions()).unwrap_or(u32::MAX),
@@ -260,7 +286,7 @@ impl Supervisor<'_> {
             Request::Touch => Ok(Some(Reply::Done)),
             Request::Sessions => Ok(Some(Reply::Sessions(self.relay.list_sessions()))),
             Request::DetachSession { session } => {
-                Ok(Some(self.relay.detach_session(asked.client, SessionId(session))))
+                Ok(Some(self.relay.detach_session(asked.client, SessionId(*session))))
             }
             Request::Detach => self.apply(Event::Detach).map(|()| {
                 self.attached = false;
@@ -268,6 +294,7 @@ impl Supervisor<'_> {
             }),
             Request::Pause => self.apply(Event::Pause).map(|()| {
                 self.vm.pause();
+                self.on_rules();
                 Some(Reply::Done)
             }),
             Request::Resume => self.apply(Event::Resume).map(|()| {
@@ -279,7 +306,7 @@ impl Supervisor<'_> {
                 self.drain(Event::Drain, ExitReason::Drained, deadline, &mut vsock()).map(|()| None)
             }
             Request::Stop { timeout_ms } => {
-                let timeout = Duration::from_millis(timeout_ms);
+                let timeout = Duration::from_millis(*timeout_ms);
                 self.stop(Event::Stop, ExitReason::Requested, timeout, &mut vsock()).map(|()| None)
             }
             Request::Kill => match self.status.after(Event::Kill) {
@@ -289,12 +316,56 @@ impl Supervisor<'_> {
                 }
                 Err(_) => Ok(Some(Reply::Done)),
             },
+            Request::SetNetwork { policy } => match self.set_network(policy) {
+                Ok(ticket) => {
+                    if let Some(network) = &mut self.network {
+                        network.waiters.push((ticket, asked));
+                    }
+                    return self.on_rules();
+                }
+                Err(refused) => Err(refused),
+            },
+            Request::NetworkCounters => {
+                let network = self.network.as_ref().zip(self.vm.network_counters());
+                let counters = network.map(|(network, card)| network::counters(&network.exchange, &card));
+                Ok(Some(Reply::NetworkCounters(counters)))
+            }
         };
         match answer.unwrap_or_else(Some) {
             Some(reply) => self.relay.reply(&asked, &reply),
             // The answer is the end.
             None => self.waiters.push(asked),
         }
+    }
+
+    /// Puts other rules in force for the network, and into the store, whatever the sandbox does otherwise.
+    fn set_network(&mut self, policy: &str) -> Result<Ticket, Reply> {
+        let network = self.network.as_ref().ok_or(Reply::Refused(Refused::NoNetwork))?;
+        let failed = |error: &dyn std::error::Error| Reply::Failed(crate::chain(error));
+        let policy: NetworkPolicy = serde_json::from_str(policy).map_err(|error| failed(&error))?;
+        let rules = policy.rules().len();
+        if rules > MAX_RULES {
+            return Err(Reply::Failed(format!("{rules} rules, and there may be {MAX_RULES}")));
+        }
+        self.store.set_network(self.spec.run, &policy).map_err(|error| failed(&error))?;
+        Ok(network.exchange.set_rules(policy))
+    }
+
+    /// Answers those whose rules are in force. A guest that is paused finds them so when it goes on.
+    fn on_rules(&mut self) {
+        let paused = self.status == Status::Paused;
+        let Some(NetworkOffice { exchange, waiters }) = &mut self.network else { return };
+        let in_force = exchange.in_force();
+        for (_, asked) in waiters.extract_if(.., |(ticket, _)| paused || *ticket <= in_force) {
+            self.relay.reply(&asked, &Reply::Done);
+        }
+    }
+
+    fn on_network(&mut self) {
+        let Some(network) = &self.network else { return };
+        let events = network.exchange.take();
+        self.relay.on_network(events);
+        self.on_rules();
     }
 
     fn unfreeze(&mut self, vsock: &mut Vsock) {
