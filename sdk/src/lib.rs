@@ -37,6 +37,7 @@ mod launch;
 mod link;
 mod logs;
 mod metrics;
+mod network_events;
 mod openmetrics;
 mod outbox;
 mod reaper;
@@ -55,7 +56,10 @@ pub use images::Image;
 pub use input::ExecInput;
 pub use launch::BootPhase;
 pub use logs::{LogLine, LogOptions, LogSource};
-pub use metrics::{CpuMetrics, DiskMetrics, InterfaceMetrics, MemoryMetrics, Metrics};
+pub use metrics::{
+    CpuMetrics, DiskMetrics, DroppedFrames, InterfaceMetrics, MemoryMetrics, Metrics, NetworkMetrics,
+};
+pub use network_events::{DeniedBy, NetworkEvent, NetworkEventKind, NetworkEventStream, NetworkFlow};
 pub use openmetrics::openmetrics;
 pub use sandbox::{Inspection, Sandbox, SandboxHandle};
 pub use sessions::{SessionEnd, SessionInfo};
