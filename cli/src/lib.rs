@@ -19,6 +19,7 @@ mod lifecycle;
 mod list;
 mod manual;
 mod name;
+mod network;
 mod output;
 mod progress;
 mod prune;
@@ -85,6 +86,7 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Inspect { names, .. } => list::inspect(names).await,
         Command::Events { name, event, .. } => events::events(&name, event.as_deref()).await,
         Command::Emit { name, event, data } => events::emit(&name, &event, &data).await,
+        Command::Network { what } => network::network(what).await,
         Command::Stats { names, no_stream, json, openmetrics } => {
             let form = match (json, openmetrics) {
                 (true, _) => stats::Form::Json,
