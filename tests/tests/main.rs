@@ -26,6 +26,7 @@ mod many;
 mod metrics;
 mod network;
 mod ordinary_user;
+mod network_live;
 mod processes;
 mod seed;
 mod sessions;
