@@ -84,6 +84,7 @@ pub(crate) fn plug_in(config: &SandboxConfig, descriptors: u64) -> Result<Plugge
             limits: limits(descriptors.saturating_sub(OWN + count(config.ports.len()))),
             ports: config.ports.iter().map(published).collect(),
             resolvers,
+            bandwidth: cubby_network::Bandwidth::default(),
         },
         Instant::now(),
     );
