@@ -238,7 +238,7 @@ pub enum Reply {
     /// Answers [`Request::Sessions`], in the order of their numbers.
     Sessions(Vec<SessionInfo>),
     /// Answers [`Request::NetworkCounters`]; nothing of a sandbox without a network card.
-    NetworkCounters(Option<NetworkCounters>),
+    NetworkCounters(Option<Box<NetworkCounters>>),
 }
 
 /// The sandbox process's own view of its state.

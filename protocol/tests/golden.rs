@@ -277,5 +277,5 @@ fn what_is_told_of_the_network_has_its_golden_bytes() {
         replies_lost: 20,
     };
     let golden: Vec<u8> = [5, 1].into_iter().chain(1..=20).collect();
-    pinned(Kind::Reply, &Reply::NetworkCounters(Some(counters)), &golden);
+    pinned(Kind::Reply, &Reply::NetworkCounters(Some(counters.into())), &golden);
 }
