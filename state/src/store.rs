@@ -427,11 +427,13 @@ impl Store {
             let row = self.settled(tx, name)?;
             next(&row.record, Event::Remove)?;
             sql::delete(tx, row.id)?;
-            match fs::remove_file(self.home.socket(name)) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(self.io(self.home.socket(name), source));
+            for socket in [self.home.socket(name), self.home.port_socket(name)] {
+                match fs::remove_file(&socket) {
+                    Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                        return Err(self.io(socket, source));
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
             self.set_aside(name, &format!(".removed-{}", row.id))
         })?;
@@ -499,7 +501,9 @@ impl Store {
         sql::end_run(tx, run.id, sql::to_ms(report.at), &json)?;
         sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
         // One that stays does no harm: the next run binds its own in its place.
-        let _ = fs::remove_file(self.home.socket(name));
+        for socket in [self.home.socket(name), self.home.port_socket(name)] {
+            let _ = fs::remove_file(socket);
+        }
         Ok(status)
     }
 
