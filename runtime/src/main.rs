@@ -23,6 +23,7 @@ mod lockin;
 mod machine;
 mod network;
 mod output_log;
+mod pipes;
 mod policy;
 mod relay;
 mod signals;
@@ -49,6 +50,7 @@ use lockin::{Limits, LockIn};
 use machine::Marked;
 use network::{Exchange, Plugged};
 use output_log::OutputLog;
+use pipes::Pipes;
 use relay::Relay;
 use signals::Signals;
 use supervisor::Parts;
@@ -187,6 +189,9 @@ fn boot(
     });
     let relay = Relay::listen(&spec.socket, spec.config.max_clients, open_log(spec))
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
+    let port_socket = spec.home.port_socket(&spec.name);
+    let pipes = Pipes::listen(&port_socket, &spec.config.vsock)
+        .map_err(|error| Failure::at("relay", format!("{}: {error}", port_socket.display())))?;
     let vmm = |error: Error| match error {
         Error::Host(host) => {
             let (message, remedy) = (host.why, Some(host.remedy));
@@ -198,13 +203,14 @@ fn boot(
         remedy: Some("the host's kernel must have seccomp filters (CONFIG_SECCOMP_FILTER)".into()),
         ..Failure::at("lock-in", error)
     };
-    let lock_in = LockIn::prepare(&spec.home).map_err(locking)?;
+    let lock_in = LockIn::prepare(&spec.home, !spec.config.vsock.is_empty()).map_err(locking)?;
     config.on_thread = Some(lock_in.on_thread());
     let mut events = Vm::event_loop().map_err(vmm)?;
     let vm = Vm::boot(config, &mut events).map_err(vmm)?;
     // Everything is open and every thread runs. The guest does not yet.
     lock_in.finish(&limits).map_err(locking)?;
-    let parts = Parts { spec, launch, store, will, relay, tap, exchange, vm, events, marked, signals, began };
+    let parts =
+        Parts { spec, launch, store, will, relay, pipes, tap, exchange, vm, events, marked, signals, began };
     supervisor::run(parts).map_err(|why| Failure::at("supervisor", why))
 }
 

@@ -6,17 +6,18 @@
 //!
 //! Time stands still for the stack while its guest is paused: nothing expires that the guest could not keep alive.
 
+mod capture;
 mod exchange;
 
 use std::io;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use cubby_network::policy::{By, Direction, Protocol};
 use cubby_network::{
-    Addresses, DeniedBy, Gso, GsoKind, GuestOffloads, Limits, NetworkEvent, PartialChecksum, PublishedPort,
-    Resolvers, Stack, StackError,
+    Addresses, Bandwidth, DeniedBy, Gso, GsoKind, GuestOffloads, Limits, NetworkEvent, PartialChecksum,
+    PublishedPort, Resolvers, Stack, StackError,
 };
 use cubby_protocol::message::{self, DroppedFrames, NetworkEventKind, NetworkFlow, Subnet};
 use cubby_state::{Port, SandboxConfig, Transport};
@@ -84,17 +85,24 @@ pub(crate) fn plug_in(config: &SandboxConfig, descriptors: u64) -> Result<Plugge
             limits: limits(descriptors.saturating_sub(OWN + count(config.ports.len()))),
             ports: config.ports.iter().map(published).collect(),
             resolvers,
-            bandwidth: cubby_network::Bandwidth::default(),
+            bandwidth: bandwidth(config.bandwidth),
         },
         Instant::now(),
     );
-    let stack = stack.map_err(|error| match error {
+    let mut stack = stack.map_err(|error| match error {
         StackError::Listen { address, source } => Failed {
             message: format!("{source}; choose another port, or 0 for a free one"),
             port: Some(address),
         },
         error => Failed { message: chain(&error), port: None },
     })?;
+    if let Some(path) = &config.capture {
+        let pcap = capture::begin(path).map_err(|error| Failed {
+            message: format!("the capture {} cannot be written: {error}", path.display()),
+            port: None,
+        })?;
+        stack.record(Some(pcap));
+    }
     // They come back in the order in which they went.
     let got = stack.published();
     let ports =
@@ -125,6 +133,12 @@ fn limits(descriptors: u64) -> Limits {
     let udp_flows = all.udp_flows.min(descriptors / 4);
     let tcp_connections = all.tcp_connections.min(descriptors - lookups - udp_flows);
     Limits { lookups, udp_flows, tcp_connections, half_open: all.half_open.min(tcp_connections), ..all }
+}
+
+/// The network counts in bytes.
+fn bandwidth(bandwidth: cubby_state::Bandwidth) -> Bandwidth {
+    let bytes = |bits: Option<u64>| bits.and_then(|bits| NonZeroU64::new(bits / 8));
+    Bandwidth { from_guest: bytes(bandwidth.upload), to_guest: bytes(bandwidth.download) }
 }
 
 fn count(number: usize) -> u64 {
@@ -332,6 +346,9 @@ impl Backend for Plug {
 
     fn transmit(&mut self, frame: Frame<'_>) -> Sent {
         let now = self.obey();
+        if !self.stack.takes_frames(now) {
+            return Sent::Full;
+        }
         let copied = frame.copy_to(&mut self.frame);
         if let Some(bytes) = self.frame.get(..copied.min(frame.len)) {
             self.stack.transmit(bytes, &from_guest(frame.offload), now);

@@ -56,15 +56,8 @@ impl Relay {
     /// Listens at `path`, which only the owner can open (the directory is 0700 and the socket 0600). Whoever
     /// records the end of the run removes it.
     pub(crate) fn listen(path: &Path, max_clients: u16, log: OutputLog) -> io::Result<Self> {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
-        rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
         Ok(Self {
-            listener,
+            listener: self::listen(path)?,
             clients: HashMap::new(),
             upstreams: HashMap::new(),
             streams: HashMap::new(),
@@ -187,7 +180,8 @@ impl Relay {
                 client.turn_away(&Fatal::TooManyClients { max: self.max_clients });
                 continue;
             }
-            self.next_id = self.next_id.wrapping_add(1).max(1);
+            // The upper half is that of pipes.
+            self.next_id = (self.next_id.wrapping_add(1) & (u32::MAX >> 2)).max(1);
             let id = self.next_id;
             if ops.add(Events::with_data(client.socket(), id, interest(false))).is_err() {
                 continue;
@@ -345,6 +339,18 @@ impl Relay {
     }
 }
 
+/// Listens at `path`, in the place of whoever did before, for the owner alone.
+pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+    Ok(listener)
+}
+
 /// What to be told of a client's socket. Of room only while it is full: whenever the application reads there is more room,
 /// and each time that would be a turn of the event loop for nothing.
 fn interest(for_room: bool) -> EventSet {
@@ -353,6 +359,6 @@ fn interest(for_room: bool) -> EventSet {
 }
 
 /// Whether the other end belongs to the user who runs this process.
-fn is_owner(socket: &UnixStream) -> bool {
+pub(crate) fn is_owner(socket: &UnixStream) -> bool {
     rustix::net::sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
 }

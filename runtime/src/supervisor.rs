@@ -1,12 +1,13 @@
 //! The sandbox's one authority: a loop that owns the VM, the relay, the agent's connection and the state, and
 //! takes everything that happens one after another, so that races have an order.
 
+mod rules;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cubby_protocol::SessionId;
 use cubby_protocol::message::{Mark, Refused, Reply, Request, SandboxStatus};
-use cubby_state::network::{MAX_RULES, NetworkPolicy};
 use cubby_state::{Event, ExitReason, ExitReport, LaunchReport, LaunchSpec, Next, Status, Store};
 use cubby_vmm::devices::Device;
 use cubby_vmm::devices::vsock::{How, Port, Vsock, VsockEvent};
@@ -20,11 +21,14 @@ use crate::control::{Control, Said};
 use crate::ending::{self, Evidence};
 use crate::launch::Launch;
 use crate::machine::{self, Marked};
-use crate::network::{self, Exchange, Ticket};
+use crate::network::Exchange;
+use crate::pipes::{self, Pipes};
 use crate::policy::{self, Due, Policies};
 use crate::relay::{Asked, Relay};
 use crate::signals::{self, Signals, Wish};
 use crate::will::Will;
+
+use rules::NetworkOffice;
 
 /// Event data of the descriptors that are no client's.
 const EXIT: u32 = u32::MAX;
@@ -52,6 +56,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) store: &'a Store,
     pub(crate) will: &'a Will,
     pub(crate) relay: Relay,
+    pub(crate) pipes: Pipes,
     pub(crate) tap: ConsoleTap,
     pub(crate) exchange: Option<Exchange>,
     pub(crate) vm: Vm,
@@ -68,6 +73,7 @@ struct Supervisor<'a> {
     store: &'a Store,
     will: &'a Will,
     relay: Relay,
+    pipes: Pipes,
     tap: ConsoleTap,
     network: Option<NetworkOffice>,
     control: Control,
@@ -83,19 +89,6 @@ struct Supervisor<'a> {
     tell: Option<Instant>,
     /// Who wants to know when it is over.
     waiters: Vec<Asked>,
-}
-
-/// The network, as the supervisor has it.
-struct NetworkOffice {
-    exchange: Exchange,
-    /// Who waits for rules to come into force.
-    waiters: Vec<(Ticket, Asked)>,
-}
-
-impl NetworkOffice {
-    fn new(exchange: Exchange) -> Self {
-        Self { exchange, waiters: Vec::new() }
-    }
 }
 
 /// The descriptors of the supervisor, as a subscriber that only notes what happened.
@@ -119,13 +112,27 @@ impl MutEventSubscriber for Inbox {
 /// Carries the sandbox from its first instruction to its record in the store.
 pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, store, will, mut relay, tap, exchange, vm, mut events, marked, signals, began } =
-        parts;
+    let Parts {
+        spec,
+        launch,
+        store,
+        will,
+        mut relay,
+        pipes,
+        tap,
+        exchange,
+        vm,
+        mut events,
+        marked,
+        signals,
+        began,
+    } = parts;
     let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
     let mut sources = vec![
         (relay.listener().as_raw_fd(), Relay::LISTENER),
+        (pipes.listener().as_raw_fd(), pipes::LISTENER),
         (vm.exit_event().as_raw_fd(), EXIT),
         (launch.socket().as_raw_fd(), LAUNCH),
         (signals.descriptor().as_raw_fd(), SIGNALS),
@@ -150,6 +157,7 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         store,
         will,
         relay,
+        pipes,
         tap,
         network: exchange.map(NetworkOffice::new),
         vm,
@@ -159,6 +167,9 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         began,
     };
     supervisor.vsock().listen(Port(cubby_protocol::CONTROL_PORT));
+    for port in supervisor.pipes.ports() {
+        supervisor.vsock().listen(port);
+    }
     supervisor.vsock().be_patient();
     supervisor.vm.resume();
     let mut again = false;
@@ -196,6 +207,7 @@ impl Supervisor<'_> {
                 SIGNALS => self.on_signals(&mut vsock),
                 CONSOLE => self.log_console(),
                 NETWORK => self.on_network(),
+                data if Pipes::is_ours(data) => self.pipes.on_socket(event, &mut ops),
                 _ => self.relay.on_socket(event, &mut ops, &mut vsock),
             }
         }
@@ -210,6 +222,9 @@ impl Supervisor<'_> {
                     again = true;
                     break;
                 }
+                VsockEvent::Accepted { id, port } if port != Port(cubby_protocol::CONTROL_PORT) => {
+                    self.pipes.accept(id, port, &mut vsock, &mut ops);
+                }
                 VsockEvent::Accepted { id, .. } => {
                     if let Err(error) = self.control.accept(id, &mut vsock) {
                         self.boot_failed("configuration", &error.to_string());
@@ -220,6 +235,7 @@ impl Supervisor<'_> {
                 VsockEvent::Closed(id, _) if self.control.is(id) => self.on_agent_lost(),
                 VsockEvent::PeerShutdown(id, How::Read) if self.control.is(id) => {}
                 VsockEvent::PeerShutdown(id, _) if self.control.is(id) => self.on_agent_lost(),
+                event if self.pipes.on_stream(event, &mut ops) => {}
                 VsockEvent::Connected(id)
                 | VsockEvent::Readable(id)
                 | VsockEvent::Writable(id)
@@ -229,6 +245,7 @@ impl Supervisor<'_> {
         }
         let mut asked = Vec::new();
         self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        self.pipes.turn(&mut vsock, &mut ops);
         if let Some(network) = &self.network {
             network.exchange.listen(self.relay.listens());
         }
@@ -241,7 +258,7 @@ impl Supervisor<'_> {
             self.on_request(asked);
         }
         self.on_time(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
-        Ok(again || self.relay.is_awake())
+        Ok(again || self.relay.is_awake() || self.pipes.is_awake())
     }
 
     fn gate(&self) -> Gate {
@@ -317,55 +334,16 @@ impl Supervisor<'_> {
                 Err(_) => Ok(Some(Reply::Done)),
             },
             Request::SetNetwork { policy } => match self.set_network(policy) {
-                Ok(ticket) => {
-                    if let Some(network) = &mut self.network {
-                        network.waiters.push((ticket, asked));
-                    }
-                    return self.on_rules();
-                }
+                Ok(ticket) => return self.await_rules(ticket, asked),
                 Err(refused) => Err(refused),
             },
-            Request::NetworkCounters => {
-                let network = self.network.as_ref().zip(self.vm.network_counters());
-                let counters = network.map(|(network, card)| network::counters(&network.exchange, &card));
-                Ok(Some(Reply::NetworkCounters(counters)))
-            }
+            Request::NetworkCounters => Ok(Some(self.network_counters())),
         };
         match answer.unwrap_or_else(Some) {
             Some(reply) => self.relay.reply(&asked, &reply),
             // The answer is the end.
             None => self.waiters.push(asked),
         }
-    }
-
-    /// Puts other rules in force for the network, and into the store, whatever the sandbox does otherwise.
-    fn set_network(&mut self, policy: &str) -> Result<Ticket, Reply> {
-        let network = self.network.as_ref().ok_or(Reply::Refused(Refused::NoNetwork))?;
-        let failed = |error: &dyn std::error::Error| Reply::Failed(crate::chain(error));
-        let policy: NetworkPolicy = serde_json::from_str(policy).map_err(|error| failed(&error))?;
-        let rules = policy.rules().len();
-        if rules > MAX_RULES {
-            return Err(Reply::Failed(format!("{rules} rules, and there may be {MAX_RULES}")));
-        }
-        self.store.set_network(self.spec.run, &policy).map_err(|error| failed(&error))?;
-        Ok(network.exchange.set_rules(policy))
-    }
-
-    /// Answers those whose rules are in force. A guest that is paused finds them so when it goes on.
-    fn on_rules(&mut self) {
-        let paused = self.status == Status::Paused;
-        let Some(NetworkOffice { exchange, waiters }) = &mut self.network else { return };
-        let in_force = exchange.in_force();
-        for (_, asked) in waiters.extract_if(.., |(ticket, _)| paused || *ticket <= in_force) {
-            self.relay.reply(&asked, &Reply::Done);
-        }
-    }
-
-    fn on_network(&mut self) {
-        let Some(network) = &self.network else { return };
-        let events = network.exchange.take();
-        self.relay.on_network(events);
-        self.on_rules();
     }
 
     fn unfreeze(&mut self, vsock: &mut Vsock) {
@@ -456,6 +434,7 @@ impl Supervisor<'_> {
         }
         self.policies.ready(Instant::now());
         self.relay.set_agent_ready(vsock);
+        self.pipes.set_ready();
         self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
     }
 
