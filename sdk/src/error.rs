@@ -74,6 +74,16 @@ pub enum Error {
         /// What was asked for.
         operation: String,
     },
+    /// A vsock port of the guest cannot be reached.
+    #[error("cannot connect to vsock port {port} of sandbox {name:?}: {why}")]
+    VsockUnreachable {
+        /// The sandbox.
+        name: String,
+        /// The port.
+        port: u32,
+        /// What stood in the way.
+        why: String,
+    },
     /// The sandbox ended while something was in progress, whose outcome is not known.
     #[error("sandbox {name:?} ended during {operation}: {reason}; Sandbox::start boots it again with its disk", reason = report.reason)]
     Ended {

@@ -43,6 +43,7 @@ mod outbox;
 mod reaper;
 mod sandbox;
 mod sessions;
+mod vsock;
 
 pub use builder::{Progress, PullPolicy, SandboxBuilder};
 pub use error::{Error, EventFault, ExecErrorKind, R};
@@ -63,9 +64,10 @@ pub use network_events::{DeniedBy, NetworkEvent, NetworkEventKind, NetworkEventS
 pub use openmetrics::openmetrics;
 pub use sandbox::{Inspection, Sandbox, SandboxHandle};
 pub use sessions::{SessionEnd, SessionInfo};
+pub use vsock::VsockStream;
 
 pub use cubby_image::Progress as ImageProgress;
 pub use cubby_state::{
-    ExitReason, ExitReport, ImageDefaults, Mistake, NetworkPolicy, Port, SandboxConfig, Status, Transport,
-    network,
+    Bandwidth, ExitReason, ExitReport, ImageDefaults, Mistake, NetworkPolicy, Port, SandboxConfig, Status,
+    Transport, VsockPort, network,
 };

@@ -252,7 +252,7 @@ async fn measure(link: &Link) -> R<Metrics> {
         sessions,
         clients,
         network: match network {
-            Reply::NetworkCounters(counters) => counters.map(NetworkMetrics::from),
+            Reply::NetworkCounters(counters) => counters.map(|counters| (*counters).into()),
             _ => None,
         },
     };
