@@ -1,10 +1,12 @@
 //! The command line: its commands, their options, and what `--help` says of them.
 
+mod bandwidth;
 mod env;
 mod kept;
 mod network;
 mod ports;
 mod unsupported;
+mod vsock;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -13,7 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use cubbyhole::{NetworkPolicy, Port};
+use cubbyhole::{Bandwidth, NetworkPolicy, Port, VsockPort};
 
 use crate::amount::{duration, mebibytes, seconds};
 use crate::keys::DetachKeys;
@@ -164,6 +166,14 @@ pub enum Command {
         /// What to do
         #[command(subcommand)]
         what: Network,
+    },
+    /// Connect standard input and output to a vsock port in a sandbox
+    #[command(after_help = "Example:\n  echo question | cubby connect box 5000")]
+    Connect {
+        /// The sandbox
+        name: String,
+        /// The port at which a program in it listens
+        port: u32,
     },
     /// Show what sandboxes use: again each second on a terminal, else once
     #[command(after_help = "Examples:\n  cubby stats\n  cubby stats --json box | jq '.[].memory.used'")]
@@ -415,6 +425,15 @@ pub struct Settings {
     /// Ask this server for names, and not those that this computer asks
     #[arg(long, value_name = "IP[:PORT]", value_parser = ports::resolver)]
     pub dns: Vec<SocketAddr>,
+    /// How much it may send and receive in a second: 10mbit, or up=10mbit,down=1gbit
+    #[arg(long, value_name = "RATE", value_parser = bandwidth::bandwidth)]
+    pub bandwidth: Option<Bandwidth>,
+    /// Keep a record of its frames in this file, for tcpdump or Wireshark
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+    /// Let a vsock port of the host lead from inside to a Unix socket here
+    #[arg(long, value_name = "PORT:PATH", value_parser = vsock::vsock)]
+    pub vsock: Vec<VsockPort>,
     /// Set a label
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = label)]
     pub label: Vec<(String, String)>,

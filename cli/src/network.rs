@@ -81,31 +81,28 @@ fn line(event: &NetworkEvent) -> String {
 
 /// An event for programs.
 fn object(event: &NetworkEvent) -> Value {
-    let flow = |kind: &str, flow: &NetworkFlow| {
+    let at = rfc3339(event.at);
+    let by = |by: &DeniedBy| json!({ "rule": by.rule, "why": by.why });
+    let of = |kind: &str, flow: &NetworkFlow, by: Option<Value>| {
         json!({
+            "at": at,
             "event": kind,
             "protocol": protocol(flow),
             "direction": direction(flow),
             "peer": flow.peer.to_string(),
             "name": flow.name,
+            "by": by,
         })
     };
-    let by = |by: &DeniedBy| json!({ "rule": by.rule, "why": by.why });
-    let mut object = match &event.kind {
-        NetworkEventKind::Connected(connected) => flow("connected", connected),
-        NetworkEventKind::Denied { flow: denied, by: denier } => {
-            let mut object = flow("denied", denied);
-            object["by"] = by(denier);
-            object
-        }
+    match &event.kind {
+        NetworkEventKind::Connected(flow) => of("connected", flow, None),
+        NetworkEventKind::Denied { flow, by: denier } => of("denied", flow, Some(by(denier))),
         NetworkEventKind::NameDenied { name, by: denier } => {
-            json!({ "event": "name_denied", "name": name, "by": by(denier) })
+            json!({ "at": at, "event": "name_denied", "name": name, "by": by(denier) })
         }
         NetworkEventKind::AnswerDropped { name, address } => {
-            json!({ "event": "answer_dropped", "name": name, "address": address.to_string() })
+            json!({ "at": at, "event": "answer_dropped", "name": name, "address": address.to_string() })
         }
-        other => json!({ "event": format!("{other:?}") }),
-    };
-    object["at"] = rfc3339(event.at).into();
-    object
+        other => json!({ "at": at, "event": format!("{other:?}") }),
+    }
 }
