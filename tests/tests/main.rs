@@ -32,6 +32,7 @@ mod seed;
 mod sessions;
 mod terminal;
 mod tidy;
+mod vsock_ports;
 
 /// The other program (`src/bin/client/main.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");

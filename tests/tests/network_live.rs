@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use cubby_tests::{builder, discard, name, next_output, python, shell, within};
 use cubbyhole::network::{Direction, NetworkPolicy, Protocol, Rule};
-use cubbyhole::{Error, ExecHandle, ExitReason, NetworkEvent, NetworkEventKind, NetworkEventStream, Sandbox};
+use cubbyhole::{
+    Bandwidth, Error, ExecHandle, ExitReason, NetworkEvent, NetworkEventKind, NetworkEventStream, Sandbox,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -242,4 +244,88 @@ async fn what_a_guest_sends_is_counted_by_the_host_and_by_cause() {
         assert!(text.lines().any(|other| other == line), "{line}\n{text}");
     }
     discard(sandbox).await;
+}
+
+#[tokio::test]
+async fn a_bandwidth_is_kept_by_waiting_and_shared() {
+    /// A million bytes in a second, each way.
+    const BITS: u64 = 8_000_000;
+    const LEN: usize = 2_000_000;
+    let creating = builder(&name("bandwidth")).network(loopback()).bandwidth(Bandwidth::both(BITS)).create();
+    let sandbox = within("create", creating).await.unwrap();
+    let (listener, at) = listen().await;
+    let serving = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(&vec![7; LEN]).await.unwrap();
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).await.unwrap();
+        back.len()
+    });
+    let program = format!(
+        "import json\n\
+         times = []\n\
+         def timed(call):\n    \
+             begin = time.monotonic()\n    \
+             call()\n    \
+             times.append(time.monotonic() - begin)\n\
+         with socket.create_connection((V4, {at}), 60) as s:\n    \
+             timed(lambda: s.makefile('rb').read({LEN}))\n    \
+             timed(lambda: (s.sendall(bytes({LEN})), s.shutdown(1), s.recv(1)))\n\
+         print(json.dumps(times))"
+    );
+    let program = format!("{PRELUDE}V4 = socket.gethostbyname(HOST)\n{program}");
+    let times: Vec<f64> = serde_json::from_str(&python(&sandbox, &program).await).unwrap();
+    assert_eq!(within("server", serving).await.unwrap(), LEN);
+    // What may pass at once is 128 KiB; the rest takes its time, and a slow machine takes more.
+    for seconds in times {
+        assert!((1.8..6.0).contains(&seconds), "{seconds} s");
+    }
+    let (inside, outside) = (sandbox.metrics().await.unwrap().host_network.unwrap(), 2 * LEN as u64);
+    assert!(inside.sent_bytes + inside.received_bytes > outside, "{inside:?}");
+    discard(sandbox).await;
+}
+
+#[tokio::test]
+async fn a_capture_has_the_frames_of_both_directions() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("guest.pcap");
+    let creating = builder(&name("capture")).network(loopback()).capture(&file).create();
+    let sandbox = within("create", creating).await.unwrap();
+    let (listener, at) = listen().await;
+    let program = format!(
+        "with socket.create_connection((V4, {at}), 60) as s:\n    \
+             s.sendall(b'a word of the guest')\n    \
+             s.recv(100)\n"
+    );
+    let mut guest = start(&sandbox, &program).await;
+    let mut stream = accept(&listener).await;
+    let mut word = [0; 19];
+    within("word", stream.read_exact(&mut word)).await.unwrap();
+    stream.write_all(b"a word of the host").await.unwrap();
+    within("end", guest.wait()).await.unwrap();
+    within("stop", sandbox.stop()).await.unwrap();
+
+    let bytes = std::fs::read(&file).unwrap();
+    assert_eq!(bytes[..4], 0xa1b2_3c4d_u32.to_le_bytes(), "nanoseconds");
+    let mut rest = &bytes[24..];
+    let mut frames = Vec::new();
+    while !rest.is_empty() {
+        let field = |at: usize| u32::from_le_bytes(rest[at..at + 4].try_into().unwrap()) as usize;
+        assert_eq!(field(8), field(12), "whole");
+        frames.push(&rest[16..16 + field(8)]);
+        rest = &rest[16 + field(8)..];
+    }
+    let guests_mac = [0x02, 0x63, 0x75, 0x62, 0x00, 0x02];
+    for (word, mac) in [("a word of the guest", 6), ("a word of the host", 0)] {
+        let with = |frame: &&&[u8]| frame.windows(word.len()).any(|part| part == word.as_bytes());
+        let frame = frames.iter().find(with).unwrap_or_else(|| panic!("{word} is in none"));
+        assert_eq!(frame[mac..mac + 6], guests_mac);
+    }
+    // What cannot be written is said before anything boots.
+    Sandbox::remove(sandbox.name()).await.unwrap();
+    let nowhere = dir.path().join("no/such/file");
+    let refused = within("create", builder(sandbox.name()).capture(&nowhere).create()).await.map(drop);
+    let Err(Error::BootFailed { stage, message, .. }) = &refused else { panic!("{refused:?}") };
+    assert!(stage == "network" && message.contains(&nowhere.display().to_string()), "{refused:?}");
+    Sandbox::remove(sandbox.name()).await.unwrap();
 }
