@@ -201,9 +201,30 @@ impl Plug {
     fn obey(&mut self) -> Instant {
         let now = self.now();
         if let Some(policy) = self.exchange.rules(&mut self.rules) {
+            // What was refused before is explained by the rules that have refused it.
+            self.tell_all();
             self.stack.set_policy(policy, now);
         }
         now
+    }
+
+    /// Tells of all that has happened.
+    fn tell_all(&mut self) {
+        let all = self.stack.counters().events_lost;
+        let mut lost = all - std::mem::replace(&mut self.events_lost, all);
+        while let Some(event) = self.stack.next_event() {
+            let listening = self.exchange.is_listening();
+            if !listening && self.told >= TOLD {
+                continue;
+            }
+            let event = self.tellable(event);
+            if self.told < TOLD {
+                self.log(&event);
+            }
+            if listening {
+                self.exchange.tell(event, machine::realtime_ns(), std::mem::take(&mut lost));
+            }
+        }
     }
 
     /// Writes to the sandbox's log what was refused.
@@ -357,22 +378,8 @@ impl Backend for Plug {
     }
 
     fn settle(&mut self) {
-        let counters = self.stack.counters();
-        let mut lost = counters.events_lost - std::mem::replace(&mut self.events_lost, counters.events_lost);
-        while let Some(event) = self.stack.next_event() {
-            let listening = self.exchange.is_listening();
-            if !listening && self.told >= TOLD {
-                continue;
-            }
-            let event = self.tellable(event);
-            if self.told < TOLD {
-                self.log(&event);
-            }
-            if listening {
-                self.exchange.tell(event, machine::realtime_ns(), std::mem::take(&mut lost));
-            }
-        }
-        self.exchange.count(counters);
+        self.tell_all();
+        self.exchange.count(self.stack.counters());
         self.exchange.now_in_force(self.rules);
     }
 

@@ -245,7 +245,9 @@ impl Supervisor<'_> {
         }
         let mut asked = Vec::new();
         self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
-        self.pipes.turn(&mut vsock, &mut ops);
+        if self.status != Status::Paused {
+            self.pipes.turn(&mut vsock, &mut ops);
+        }
         if let Some(network) = &self.network {
             network.exchange.listen(self.relay.listens());
         }
@@ -258,7 +260,8 @@ impl Supervisor<'_> {
             self.on_request(asked);
         }
         self.on_time(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
-        Ok(again || self.relay.is_awake() || self.pipes.is_awake())
+        let pipes = self.status != Status::Paused && self.pipes.is_awake();
+        Ok(again || self.relay.is_awake() || pipes)
     }
 
     fn gate(&self) -> Gate {

@@ -84,8 +84,8 @@ const WATCH: &str = "watch the network";
 impl Sandbox {
     /// Puts another policy in force, now and for later runs. When this returns, all flows are judged by it: connections that
     /// it does not allow have been reset on both sides and other flows ended, each with a [`NetworkEventKind::Denied`];
-    /// what it allows goes on. Whatever lives takes new rules; a guest that is paused finds them when it goes on. What
-    /// has ended has them at its next start.
+    /// what it allows goes on. A sandbox that drains takes new rules too, and one that is paused is judged by them when it
+    /// goes on. What has ended has them at its next start.
     ///
     /// A sandbox that runs keeps its card under [`NetworkPolicy::none`], with nobody to talk to; from its next start on it has
     /// none, and publishes nothing.
