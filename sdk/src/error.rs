@@ -66,7 +66,7 @@ pub enum Error {
     },
     /// The sandbox was booted without a network card, which it can get by a boot alone.
     #[error(
-        "cannot {operation} of sandbox {name:?}: it was booted without a network; stop it, set another policy, and start it"
+        "cannot {operation} sandbox {name:?}: it was booted without a network; stop it, set another policy, and start it"
     )]
     NoNetwork {
         /// The sandbox.

@@ -78,8 +78,8 @@ pub struct DeniedBy {
     pub why: String,
 }
 
-const SET: &str = "set the network policy";
-const WATCH: &str = "watch the network";
+const SET: &str = "change the network of";
+const WATCH: &str = "watch the network of";
 
 impl Sandbox {
     /// Puts another policy in force, now and for later runs. When this returns, all flows are judged by it: connections that

@@ -553,6 +553,38 @@ mod tests {
     }
 
     #[test]
+    fn what_a_network_may_carry_and_where_vsock_ports_lead_has_limits() {
+        let mut config = SandboxConfig::new("python:3.12");
+        config.bandwidth = Bandwidth { upload: Some(Bandwidth::LEAST), download: Some(Bandwidth::MOST) };
+        config.capture = Some("/tmp/x.pcap".into());
+        let port = |port, path: String| VsockPort { port, path: path.into() };
+        let longest = format!("/{}", "x".repeat(MAX_SOCKET_PATH - 1));
+        let ports = (0..64).map(|n| port(if n == 0 { u32::MAX - 1 } else { 1039 + n }, longest.clone()));
+        config.vsock = ports.collect();
+        config.validate().unwrap();
+
+        let fields = |config: &SandboxConfig| -> Vec<&'static str> {
+            config.validate().unwrap_err().0.iter().map(|mistake| mistake.field).collect()
+        };
+        config.vsock.push(port(1, longest.clone()));
+        assert_eq!(fields(&config), ["vsock port"], "there are 65");
+        let wrong = [port(0, longest.clone()), port(1024, longest.clone()), port(1039, longest.clone())];
+        config.vsock = wrong.into();
+        config.vsock.extend([port(u32::MAX, longest.clone()), port(7, "x".into()), port(7, longest + "y")]);
+        let ports = ["vsock port", "vsock port", "vsock port", "vsock port"];
+        assert_eq!(fields(&config), [&ports[..], &["vsock path", "vsock port", "vsock path"]].concat());
+        config.vsock.clear();
+        config.bandwidth =
+            Bandwidth { upload: Some(Bandwidth::LEAST - 1), download: Some(Bandwidth::MOST + 1) };
+        config.capture = Some("x.pcap".into());
+        assert_eq!(fields(&config), ["bandwidth", "bandwidth", "capture"]);
+        config.bandwidth = Bandwidth::default();
+        config.capture = Some("/tmp/x.pcap".into());
+        config.network = NetworkPolicy::none();
+        assert_eq!(fields(&config), ["capture"], "nothing to capture");
+    }
+
+    #[test]
     fn older_and_newer_rows_can_be_read() {
         let old: SandboxConfig = serde_json::from_str(r#"{"image":{"reference":"a"}}"#).unwrap();
         assert_eq!(old, SandboxConfig::new("a"));
