@@ -48,6 +48,7 @@ fn ping(config: Config, time: Duration) -> (u64, u64) {
                 moved = true;
             }
         }
+        assert!(sent + received < 1 << 30, "nothing holds it back");
         if !moved {
             let next = stack.next_deadline().unwrap();
             assert!(next > now, "it says at once, and does nothing");
