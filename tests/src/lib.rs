@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
-pub mod random;
+pub use cubby_traffic::random;
 
 use std::fs;
 use std::path::{Path, PathBuf};
