@@ -135,6 +135,27 @@ pub fn keeper(name: &str) -> ProcessIdentity {
     ProcessIdentity::of(parent.trim().parse().unwrap()).unwrap()
 }
 
+/// Runs the traffic program in a guest that may talk to the host's loopback, until the stream is dropped: it connects to
+/// this listener, and does what it is told there.
+pub async fn run_traffic(sandbox: &Sandbox, listener: &std::net::TcpListener) -> ExecHandle {
+    let port = listener.local_addr().unwrap().port();
+    within("copy_in", sandbox.fs().copy_in(variable("CUBBY_TEST_TRAFFIC"), "/traffic")).await.unwrap();
+    let found = shell(sandbox, "getent ahostsv4 host.cubbyhole.internal").await;
+    let host = found.split_whitespace().next().unwrap();
+    let running = sandbox.exec_stream_with("/traffic", |options| {
+        options.args(["run", &format!("{host}:{port}")]).rlimit(RLIMIT_NOFILE, 1 << 16, 1 << 16)
+    });
+    within("exec", running).await.unwrap()
+}
+
+/// The number of the limit of open descriptors (`asm-generic/resource.h`).
+const RLIMIT_NOFILE: u8 = 7;
+
+/// A number that a variable tells the tests, for those that have a small and a large size.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
+}
+
 /// Kills a process at once.
 pub fn kill(pid: u32) {
     signal(pid, rustix::process::Signal::KILL);

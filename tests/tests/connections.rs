@@ -1,0 +1,64 @@
+//! Thousands of connections of one guest at once: each of them works, and when they are gone, so is what they took.
+//!
+//! `CUBBY_CONNECTIONS` is how many there are (10,000 for the whole promise, 2,000 unless told otherwise).
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::Duration;
+
+use cubby_tests::{Holdings, discard, number, process, run_traffic, until, within};
+use cubby_traffic::{Guest, Order};
+
+use crate::network::online_with;
+
+/// What the buffers of a sandbox process may still hold when the connections are gone, in KiB: memory that is kept for the next ring
+/// (8 MiB, `network/src/ring.rs`), and tables that have grown with the connections and do not shrink.
+const KEPT_KIB: u64 = (8 << 10) + (8 << 10);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_connections_are_held_and_leave_nothing() {
+    let count = u32::try_from(number("CUBBY_CONNECTIONS", 2000)).unwrap();
+    cubby_traffic::raise_descriptors();
+    let sandbox = online_with("connections", |building| building.memory(512)).await;
+    let pid = process(sandbox.name()).pid;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let traffic = run_traffic(&sandbox, &listener).await;
+    let mut guest = Guest::accept(&listener).unwrap();
+    let before = Holdings::of(pid);
+    let serving = tokio::task::spawn_blocking(move || {
+        guest.order(Order::Hold { count }).unwrap();
+        let mut streams = Vec::new();
+        for _ in 0..count {
+            let (stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+            streams.push(stream);
+        }
+        guest.ready().unwrap();
+        let held = Holdings::of(pid);
+        guest.go().unwrap();
+        // All of them speak, and all are answered.
+        let mut byte = [0];
+        for stream in &mut streams {
+            stream.read_exact(&mut byte).unwrap();
+            stream.write_all(&byte).unwrap();
+        }
+        guest.ready().unwrap();
+        guest.go().unwrap();
+        guest.done().unwrap();
+        for stream in &mut streams {
+            assert_eq!(stream.read(&mut byte).unwrap(), 0);
+        }
+        (guest, held)
+    });
+    let (guest, held) = within("the connections", serving).await.unwrap();
+    assert_eq!(held.descriptors, before.descriptors + usize::try_from(count).unwrap(), "one descriptor each");
+    let each = held.anonymous_kib.saturating_sub(before.anonymous_kib) * 1024 / u64::from(count);
+    println!("{count} connections: {before:?}, then {held:?}: {each} bytes each");
+    assert!(each <= 4096, "a connection takes {each} bytes of the sandbox process");
+    until("the descriptors' end", async || Holdings::of(pid).descriptors == before.descriptors).await;
+    let after = Holdings::of(pid);
+    println!("afterwards {after:?}");
+    assert!(after.anonymous_kib <= before.anonymous_kib + KEPT_KIB, "{before:?}, then {after:?}");
+    drop((guest, traffic));
+    discard(sandbox).await;
+}
