@@ -5,7 +5,10 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
+mod memory;
+
 pub use cubby_traffic::random;
+pub use memory::own_kib;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -219,7 +222,7 @@ fn stat(path: &str) -> Option<Vec<String>> {
 /// What a process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
-    /// Memory of its own, in KiB; a guest's memory is shared and does not count.
+    /// Memory of its own, in KiB, and of its guest, if it has one: [`own_kib`] tells them apart.
     pub anonymous_kib: u64,
     /// Open file descriptors.
     pub descriptors: usize,

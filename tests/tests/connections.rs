@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::time::Duration;
 
-use cubby_tests::{Holdings, discard, number, process, run_traffic, until, within};
+use cubby_tests::{Holdings, discard, number, own_kib, process, run_traffic, until, within};
 use cubby_traffic::{Guest, Order};
 
 use crate::network::online_with;
@@ -15,16 +15,22 @@ use crate::network::online_with;
 /// (8 MiB, `network/src/ring.rs`), and tables that have grown with the connections and do not shrink.
 const KEPT_KIB: u64 = (8 << 10) + (8 << 10);
 
+/// Memory of the guest, in MiB.
+const MEMORY: u32 = 512;
+
+/// What a connection may take of the sandbox process, in bytes.
+const EACH: u64 = 2048;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_connections_are_held_and_leave_nothing() {
     let count = u32::try_from(number("CUBBY_CONNECTIONS", 2000)).unwrap();
     cubby_traffic::raise_descriptors();
-    let sandbox = online_with("connections", |building| building.memory(512)).await;
+    let sandbox = online_with("connections", |building| building.memory(MEMORY)).await;
     let pid = process(sandbox.name()).pid;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let traffic = run_traffic(&sandbox, &listener).await;
     let mut guest = Guest::accept(&listener).unwrap();
-    let before = Holdings::of(pid);
+    let (before, memory) = (Holdings::of(pid), own_kib(pid, MEMORY));
     let serving = tokio::task::spawn_blocking(move || {
         guest.order(Order::Hold { count }).unwrap();
         let mut streams = Vec::new();
@@ -34,7 +40,7 @@ async fn thousands_of_connections_are_held_and_leave_nothing() {
             streams.push(stream);
         }
         guest.ready().unwrap();
-        let held = Holdings::of(pid);
+        let held = (Holdings::of(pid), own_kib(pid, MEMORY));
         guest.go().unwrap();
         // All of them speak, and all are answered.
         let mut byte = [0];
@@ -50,15 +56,14 @@ async fn thousands_of_connections_are_held_and_leave_nothing() {
         }
         (guest, held)
     });
-    let (guest, held) = within("the connections", serving).await.unwrap();
+    let (guest, (held, memory_held)) = within("the connections", serving).await.unwrap();
     assert_eq!(held.descriptors, before.descriptors + usize::try_from(count).unwrap(), "one descriptor each");
-    let each = held.anonymous_kib.saturating_sub(before.anonymous_kib) * 1024 / u64::from(count);
-    println!("{count} connections: {before:?}, then {held:?}: {each} bytes each");
-    assert!(each <= 4096, "a connection takes {each} bytes of the sandbox process");
+    let each = memory_held.saturating_sub(memory) * 1024 / u64::from(count);
     until("the descriptors' end", async || Holdings::of(pid).descriptors == before.descriptors).await;
-    let after = Holdings::of(pid);
-    println!("afterwards {after:?}");
-    assert!(after.anonymous_kib <= before.anonymous_kib + KEPT_KIB, "{before:?}, then {after:?}");
+    let after = own_kib(pid, MEMORY);
+    println!("{count} connections, {each} bytes each: {memory} KiB, then {memory_held}, then {after}");
+    assert!(each <= EACH, "a connection takes {each} bytes of the sandbox process");
+    assert!(after <= memory + KEPT_KIB, "{memory} KiB, and {after} afterwards");
     drop((guest, traffic));
     discard(sandbox).await;
 }

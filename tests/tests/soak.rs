@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cubby_tests::random::Random;
-use cubby_tests::{Holdings, discard, next_output, number, process, run_traffic, until, within};
+use cubby_tests::{Holdings, discard, next_output, number, own_kib, process, run_traffic, until, within};
 use cubby_traffic::exchange::{self, Plan};
 use cubby_traffic::{Guest, Order};
 use cubbyhole::ExecEvent;
@@ -29,6 +29,9 @@ const PORT: u16 = 7;
 /// What the sandbox process may have more of at the end than in the beginning, in KiB: memory that is kept for the next
 /// ring (8 MiB, `network/src/ring.rs`), and chance.
 const KEPT_KIB: u64 = (8 << 10) + (4 << 10);
+
+/// Memory of the guest, in MiB.
+const MEMORY: u32 = 384;
 
 /// Sends frames for ever: such as are right up to some point, and any.
 const MALFORMED: &str = r#"
@@ -102,7 +105,7 @@ async fn whatever_goes_wrong_no_byte_is_lost_and_nothing_is_left() {
     let seed = number("CUBBY_SOAK_SEED", 1);
     println!("CUBBY_SOAK_SEED={seed}");
     cubby_traffic::raise_descriptors();
-    let sandbox = online_with("soak", |building| building.memory(384).port(0, PORT)).await;
+    let sandbox = online_with("soak", |building| building.memory(MEMORY).port(0, PORT)).await;
     let pid = process(sandbox.name()).pid;
     let published = sandbox.ports().await.unwrap()[0].listens_on();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -115,7 +118,7 @@ async fn whatever_goes_wrong_no_byte_is_lost_and_nothing_is_left() {
     let malformed = sandbox.exec_stream("python3", ["-c", MALFORMED, &first]);
     let mut malformed = within("python3", malformed).await.unwrap();
     assert_eq!(next_output(&mut malformed).await, "sends\n");
-    let before = Holdings::of(pid);
+    let (before, memory) = (Holdings::of(pid), own_kib(pid, MEMORY));
 
     let tally = Arc::new(Tally::default());
     let over = Arc::new(AtomicBool::new(false));
@@ -177,15 +180,15 @@ async fn whatever_goes_wrong_no_byte_is_lost_and_nothing_is_left() {
         assert!(fine, "who sends what is no frame has failed: {event:?}");
     }
     until("the descriptors' end", async || Holdings::of(pid).descriptors == before.descriptors).await;
-    let after = Holdings::of(pid);
+    let (after, memory_after) = (Holdings::of(pid), own_kib(pid, MEMORY));
     println!(
-        "{:?}: the guest's streams and bytes: {told}; heard here: {} and {}; {pauses} pauses; {before:?}, then {after:?}",
+        "{:?}: the guest's streams and bytes: {told}; heard here: {} and {}; {pauses} pauses; {memory} KiB, then {memory_after}",
         begin.elapsed(),
         tally.streams.load(Ordering::Relaxed),
         tally.bytes.load(Ordering::Relaxed),
     );
     assert_eq!(after.threads, before.threads);
-    assert!(after.anonymous_kib <= before.anonymous_kib + KEPT_KIB, "{before:?}, then {after:?}");
+    assert!(memory_after <= memory + KEPT_KIB, "{memory} KiB, and {memory_after} afterwards");
     answering.abort();
     // The programs of the guest have not ended, which they would have for a byte that is another.
     drop(guest);
