@@ -88,7 +88,7 @@ proptest! {
 
     /// Any fragment, whatever else is right.
     #[test]
-    fn fragments_go_nowhere(bits in 1u16..0x4000, six: bool, body in prop::collection::vec(any::<u8>(), 8..64)) {
+    fn fragments_go_nowhere(bits in prop_oneof![Just(0x2000u16), 1u16..0x2000, 0x2001u16..0x4000], six: bool, body in prop::collection::vec(any::<u8>(), 8..64)) {
         let (frame, offload) = if six {
             (wire::ip(&addresses(), v6().0, IpProtocol::Ipv6Frag, &body), Offload::default())
         } else {
@@ -173,14 +173,20 @@ proptest! {
 
     /// ARP of any kind: an answer goes to the guest's own question only, and never claims the guest's address.
     #[test]
-    fn arp_answers_the_guests_own_questions_alone(body in prop::collection::vec(any::<u8>(), 0..40), right in 0usize..28, cut in 0usize..29) {
+    fn arp_answers_the_guests_own_questions_alone(
+        body in prop::collection::vec(any::<u8>(), 0..28),
+        right in 0usize..28,
+        change in (0usize..28, any::<u8>()),
+        cut in prop_oneof![4 => Just(28), 1 => 0usize..28],
+    ) {
         let link = addresses();
         let mut whole = vec![0, 1, 8, 0, 6, 4, 0, 1];
         whole.extend(link.guest_mac);
         whole.extend(link.guest_v4.octets());
         whole.extend([0; 6]);
         whole.extend(link.gateway_v4.octets());
-        // Right up to some byte, any from there on, or cut off.
+        // One byte is another, some are any, or it is cut off.
+        whole[change.0] = change.1;
         for (there, byte) in whole.iter_mut().zip(&body).skip(right) {
             *there = *byte;
         }
