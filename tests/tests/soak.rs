@@ -144,7 +144,8 @@ async fn whatever_goes_wrong_no_byte_is_lost_and_nothing_is_left() {
                 let mut random = Random(seed ^ (number + 100) << 32);
                 while !over.load(Ordering::Relaxed) {
                     let plan = Plan::draw(&mut random);
-                    let asked = TcpStream::connect(published).and_then(|stream| exchange::ask(&stream, &plan));
+                    let asked =
+                        TcpStream::connect(published).and_then(|stream| exchange::ask(&stream, &plan));
                     tally.count(&format!("asking {plan:?}"), asked);
                 }
             })

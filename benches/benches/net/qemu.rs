@@ -20,7 +20,15 @@ pub fn start(traffic: &Path, port: u16) -> io::Result<Child> {
     let console = directory.join("console.log");
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-M", "microvm,acpi=off,pic=off,pit=off,rtc=off", "-enable-kvm", "-cpu", "host", "-m", "512"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", "qemu,debug-threads=on"])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-name",
+            "qemu,debug-threads=on",
+        ])
         .arg("-kernel")
         .arg(assets.join("vmlinux"))
         .arg("-initrd")

@@ -133,7 +133,8 @@ fn work(pid: u32) -> Work {
     for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
         let Ok(stat) = std::fs::read_to_string(thread.path().join("stat")) else { continue };
         let Some((name, fields)) = stat.rsplit_once(')') else { continue };
-        let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|it| it.parse::<u64>().ok()).sum();
+        let ticks: u64 =
+            fields.split_whitespace().skip(11).take(2).filter_map(|it| it.parse::<u64>().ok()).sum();
         let time = std::time::Duration::from_millis(ticks * 10);
         // `vcpu0` of ours and of libkrun's, `CPU 0/KVM` of QEMU's.
         let guest = ["(vcpu", "(CPU ", "(fc_vcpu"].iter().any(|it| name.contains(it));

@@ -188,7 +188,9 @@ fn exchange(stream: &TcpStream, plan: &Plan, end: End) -> io::Result<u64> {
         // A socket tells of its reset once: the half that has not heard of it sees an end.
         let told = sending.join().expect("the sending half")?;
         match came {
-            Ok(_) if broken_off && !told => Err(io::Error::other("it was broken off, and has ended in order")),
+            Ok(_) if broken_off && !told => {
+                Err(io::Error::other("it was broken off, and has ended in order"))
+            }
             Err((bytes, error)) if broken_off && (is_broken(&error) || is_end(&error) && told) => Ok(bytes),
             Ok(bytes) => Ok(bytes),
             Err((bytes, error)) => Err(io::Error::new(error.kind(), format!("after {bytes} bytes: {error}"))),

@@ -230,8 +230,7 @@ fn anything(address: SocketAddr, random: &mut Random) -> io::Result<u64> {
 fn at_once(streams: Vec<TcpStream>, work: impl Fn(TcpStream) -> io::Result<()> + Sync) -> io::Result<()> {
     thread::scope(|scope| {
         let work = &work;
-        let running: Vec<_> =
-            streams.into_iter().map(|stream| scope.spawn(move || work(stream))).collect();
+        let running: Vec<_> = streams.into_iter().map(|stream| scope.spawn(move || work(stream))).collect();
         running.into_iter().try_for_each(|stream| stream.join().expect("a stream"))
     })
 }

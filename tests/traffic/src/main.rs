@@ -4,8 +4,8 @@
 #![allow(clippy::expect_used)]
 
 use std::net::{Ipv4Addr, TcpListener};
-use std::thread;
 use std::process::ExitCode;
+use std::thread;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
