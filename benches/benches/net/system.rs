@@ -45,7 +45,9 @@ impl System {
     pub fn start(&self, port: u16) -> io::Result<Running> {
         let traffic = PathBuf::from(variable("CUBBY_TEST_TRAFFIC"));
         match self {
-            Self::Cubbyhole => Ours::start(&traffic, port).map(Running::Ours).map_err(io::Error::other),
+            Self::Cubbyhole => Ours::start(&traffic, port)
+                .map(|ours| Running::Ours(Box::new(ours)))
+                .map_err(io::Error::other),
             Self::Qemu => qemu::start(&traffic, port).map(Running::Process),
             Self::Other { command, .. } => {
                 let mut command = Command::new(command);
@@ -58,7 +60,7 @@ impl System {
 
 /// One that runs.
 pub enum Running {
-    Ours(Ours),
+    Ours(Box<Ours>),
     Process(Child),
 }
 

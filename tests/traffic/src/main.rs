@@ -38,8 +38,8 @@ fn serve(port: u16) -> ExitCode {
         };
         thread::spawn(move || {
             if let Err(error) = cubby_traffic::exchange::answer(&stream) {
-                drop(stream);
-                std::process::exit(i32::from(fail(&format!("{error}")) != ExitCode::SUCCESS));
+                fail(&error.to_string());
+                std::process::exit(1);
             }
         });
     }
