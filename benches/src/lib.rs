@@ -1,6 +1,7 @@
 //! What the benchmarks share: samples with their percentiles, and the report as text, JSON and a picture.
 #![forbid(unsafe_code)]
 
+pub mod network;
 mod picture;
 mod promises;
 mod samples;

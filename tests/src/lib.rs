@@ -5,7 +5,10 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
-pub mod random;
+mod memory;
+
+pub use cubby_traffic::random;
+pub use memory::own_kib;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -135,6 +138,27 @@ pub fn keeper(name: &str) -> ProcessIdentity {
     ProcessIdentity::of(parent.trim().parse().unwrap()).unwrap()
 }
 
+/// Runs the traffic program in a guest that may talk to the host's loopback, until the stream is dropped: it connects to
+/// this listener, and does what it is told there.
+pub async fn run_traffic(sandbox: &Sandbox, listener: &std::net::TcpListener) -> ExecHandle {
+    let port = listener.local_addr().unwrap().port();
+    within("copy_in", sandbox.fs().copy_in(variable("CUBBY_TEST_TRAFFIC"), "/traffic")).await.unwrap();
+    let found = shell(sandbox, "getent ahostsv4 host.cubbyhole.internal").await;
+    let host = found.split_whitespace().next().unwrap();
+    let running = sandbox.exec_stream_with("/traffic", |options| {
+        options.args(["run", &format!("{host}:{port}")]).rlimit(RLIMIT_NOFILE, 1 << 16, 1 << 16)
+    });
+    within("exec", running).await.unwrap()
+}
+
+/// The number of the limit of open descriptors (`asm-generic/resource.h`).
+const RLIMIT_NOFILE: u8 = 7;
+
+/// A number that a variable tells the tests, for those that have a small and a large size.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
+}
+
 /// Kills a process at once.
 pub fn kill(pid: u32) {
     signal(pid, rustix::process::Signal::KILL);
@@ -198,7 +222,7 @@ fn stat(path: &str) -> Option<Vec<String>> {
 /// What a process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
-    /// Memory of its own, in KiB; a guest's memory is shared and does not count.
+    /// Memory of its own, in KiB, and of its guest, if it has one: [`own_kib`] tells them apart.
     pub anonymous_kib: u64,
     /// Open file descriptors.
     pub descriptors: usize,

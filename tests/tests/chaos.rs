@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use cubby_state::{Home, Record, Status, Store, liveness};
 use cubby_tests::random::Random;
-use cubby_tests::{Client, kill, name, own_home, until, within};
+use cubby_tests::{Client, kill, name, number, own_home, until, within};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -23,10 +23,6 @@ const BOUND_EACH: Duration = Duration::from_secs(10);
 
 /// How long the last of it may take to be on record: a boot whose client is gone has two minutes, a stop ten seconds.
 const PATIENCE: Duration = Duration::from_secs(180);
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
-}
 
 fn client(home: &Home, arguments: &[&str]) -> Client {
     let variable = format!("CUBBY_HOME={}", home.root().display());

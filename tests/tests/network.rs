@@ -9,7 +9,7 @@ use cubby_tests::{
     within,
 };
 use cubbyhole::network::{NetworkPolicy, Rule};
-use cubbyhole::{Error, ExecHandle, ExitReason, Port, Sandbox};
+use cubbyhole::{Error, ExecHandle, ExitReason, Port, Sandbox, SandboxBuilder};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
@@ -46,7 +46,12 @@ fn neighbourly() -> NetworkPolicy {
 }
 
 async fn online(test: &str) -> Sandbox {
-    within("create", builder(&name(test)).network(neighbourly()).create()).await.unwrap()
+    online_with(test, |building| building).await
+}
+
+/// A sandbox that may talk to the host's loopback, made as it is built.
+pub(crate) async fn online_with(test: &str, build: impl FnOnce(SandboxBuilder) -> SandboxBuilder) -> Sandbox {
+    within("create", build(builder(&name(test)).network(neighbourly())).create()).await.unwrap()
 }
 
 async fn script(sandbox: &Sandbox, script: &str) -> String {

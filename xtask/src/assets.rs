@@ -1,5 +1,6 @@
 //! What a sandbox is made of, laid out as an installation: `bin/cubby-sandbox`, `lib/cubby/vmlinux` and
-//! `lib/cubby/cubby-agent`. In the checkout that is `target/assets`; `install` copies it to a prefix.
+//! `lib/cubby/cubby-agent`. In the checkout that is `target/assets`, with what tests take into their guests beside it;
+//! `install` copies it to a prefix, without that.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,7 +29,7 @@ pub enum Cargo {
 
 /// Builds everything into `target/assets` and returns that directory.
 pub fn build(cargo: Cargo) -> Result<PathBuf> {
-    let files = [guest_agent(cargo)?, sandbox_process(cargo)?, guest_kernel()?];
+    let files = [guest_agent(cargo)?, sandbox_process(cargo)?, guest_kernel()?, traffic(cargo)?];
     let assets = workspace::target()?.join("assets");
     for file in &files {
         place(file, &assets)?;
@@ -69,8 +70,20 @@ fn completions(cubby: &Path, scratch: &Path) -> Result<[File; 3]> {
 }
 
 /// The environment in which a program finds what was built.
-pub fn environment(assets: &Path) -> [(&'static str, PathBuf); 2] {
-    [("CUBBY_ASSETS", assets.join("lib/cubby")), ("CUBBY_RUNTIME", assets.join("bin/cubby-sandbox"))]
+pub fn environment(assets: &Path) -> [(&'static str, PathBuf); 3] {
+    [
+        ("CUBBY_ASSETS", assets.join("lib/cubby")),
+        ("CUBBY_RUNTIME", assets.join("bin/cubby-sandbox")),
+        ("CUBBY_TEST_TRAFFIC", assets.join(TRAFFIC)),
+    ]
+}
+
+/// Where the program is that makes traffic in guests, for tests and benchmarks.
+const TRAFFIC: &str = "tests/cubby-traffic";
+
+fn traffic(cargo: Cargo) -> Result<File> {
+    let from = static_binary("cubby-traffic", "cubby-traffic", "release", "static", cargo)?;
+    Ok(File { from, to: TRAFFIC, mode: 0o755 })
 }
 
 fn guest_agent(cargo: Cargo) -> Result<File> {

@@ -101,6 +101,9 @@ enum Task {
         /// On the instruction clock: times are instruction counts and repeat
         #[arg(long)]
         icount: bool,
+        /// Only this one: `boot` or `net`
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
         /// For the benchmark program
         #[arg(last = true)]
         arguments: Vec<OsString>,
@@ -164,9 +167,12 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test => test::run()?,
         Task::Guide => guide::build()?,
         Task::PythonSuite { modules } => python_suite::run(&modules)?,
-        Task::Bench { icount, arguments } => {
+        Task::Bench { icount, only, arguments } => {
+            packages::ensure("comparing networks", &[packages::PEERS])?;
             let mut cargo = workspace::cargo()?;
-            cargo.args(["bench", "--package", "cubby-benches", "--"]).args(arguments);
+            cargo.args(["bench", "--package", "cubby-benches"]);
+            cargo.args(only.iter().flat_map(|name| ["--bench", name]));
+            cargo.arg("--").args(arguments);
             if icount {
                 cargo.env(runner::MODE, "icount").env("CUBBY_CLOCK", "instructions");
             }

@@ -50,6 +50,14 @@ pub const IMAGES: &[Need] = &[
 /// Running a container to hold a sandbox against.
 pub const CONTAINER: &[Need] = &[("runc", "runc")];
 
+/// Running another virtual machine monitor to hold ours against.
+pub const PEERS: &[Need] = &[
+    ("qemu-system-x86", "qemu-system-x86_64"),
+    ("qemu-system-data", "/usr/share/qemu/bios-microvm.bin"),
+    ("busybox-static", "/bin/busybox"),
+    ("cpio", "cpio"),
+];
+
 /// Linking programs, statically too.
 pub const LINKER: &[Need] = &[("gcc", "gcc"), ("libc6-dev", "/usr/include/stdio.h")];
 

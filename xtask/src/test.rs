@@ -16,8 +16,18 @@ use crate::{assets, deny, images, kvm, packages, process, runner, workspace};
 const ON_KVM: [&str; 4] = ["cubby-vmm", "cubbyhole", "cubby-benches", "cubby-tests"];
 
 /// Modules of the end-to-end tests that are the second lane's.
-const SHARE: [&str; 8] =
-    ["chaos::", "cli::", "endurance::", "flow::", "guide::", "image::", "many::", "network::"];
+const SHARE: [&str; 10] = [
+    "chaos::",
+    "cli::",
+    "connections::",
+    "endurance::",
+    "flow::",
+    "guide::",
+    "image::",
+    "many::",
+    "network::",
+    "soak::",
+];
 
 /// Runs every check, the later ones too when one has failed, and says at the end which did.
 pub fn run() -> Result<()> {

@@ -2,8 +2,8 @@
 //! assets, the Python image, and, when asked for, a registry that serves it. It runs where the program runs, so it is the
 //! same on this computer and on the KVM test machine.
 //!
-//! The program finds in its environment: `CUBBY_HOME`, `CUBBY_ASSETS`, `CUBBY_RUNTIME`; `CUBBY_TEST_IMAGE` (an `oci:`
-//! reference); and with a registry `CUBBY_TEST_REGISTRY` (`localhost:PORT`) and `CUBBY_TEST_REFERENCE` (the image in it).
+//! The program finds in its environment: `CUBBY_HOME`, `CUBBY_ASSETS`, `CUBBY_RUNTIME`, `CUBBY_TEST_TRAFFIC` (a program for
+//! guests, of `tests/traffic`); `CUBBY_TEST_IMAGE` (an `oci:` reference); and with a registry `CUBBY_TEST_REGISTRY` (`localhost:PORT`) and `CUBBY_TEST_REFERENCE` (the image in it).
 
 use std::ffi::{OsStr, OsString};
 use std::fs;

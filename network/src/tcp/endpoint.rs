@@ -28,6 +28,10 @@ const LAST_TIMEOUT: Duration = Duration::from_secs(10);
 const REPETITIONS: u8 = 10;
 /// Acknowledgements of the same byte after which the next is taken for lost (RFC 5681 §3.2).
 const DUPLICATES: u8 = 3;
+/// How long the acknowledgement of less than two segments waits for bytes that could take it along, which spares a guest that
+/// asks and is answered one of two interrupts. RFC 1122 §4.2.3.2 allows half a second, but a guest with Nagle's
+/// algorithm, which sends no second piece before the first is acknowledged, should not feel it.
+const LAZY: Duration = Duration::from_millis(1);
 /// How long a closed connection answers repeated FINs. Nothing lingers on this link.
 const TIME_WAIT: Duration = Duration::from_secs(1);
 /// What a peer without the option takes (RFC 9293 §3.7.1).
@@ -94,6 +98,9 @@ pub(crate) struct Endpoint {
     first_to_finish: bool,
 
     acknowledge: bool,
+    /// Bytes that are not acknowledged yet, and until when that may wait.
+    owed: usize,
+    owed_until: Option<Instant>,
     /// Acknowledgements for segments behind a missing one: each counts to the guest (RFC 5681 §3.2).
     missing: u8,
     probe: bool,
@@ -127,6 +134,8 @@ impl Endpoint {
             heard_all: false,
             first_to_finish: false,
             acknowledge: false,
+            owed: 0,
+            owed_until: None,
             missing: 0,
             probe: false,
             duplicates: 0,
@@ -241,7 +250,7 @@ impl Endpoint {
 
     /// When [`Endpoint::on_time`] is to be called.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.deadline
+        [self.deadline, self.owed_until].into_iter().flatten().min()
     }
 
     /// Gives all memory back.
@@ -345,12 +354,14 @@ impl Endpoint {
             return;
         }
         if len > 0 {
-            self.acknowledge = true;
             if self.expected.is_before(segment.seq) {
+                self.acknowledge = true;
                 self.missing = DUPLICATES.min(self.missing + 1);
-            } else if !self.heard_all {
+            } else if self.heard_all {
+                self.acknowledge = true;
+            } else {
                 self.missing = 0;
-                self.hear_payload(segment, known, pool, sink);
+                self.hear_payload(segment, known, now, pool, sink);
             }
         }
         if self.finish_acked && self.heard_all && self.phase == Phase::Open {
@@ -367,6 +378,7 @@ impl Endpoint {
         &mut self,
         segment: &Segment<'_>,
         known: usize,
+        now: Instant,
         pool: &mut Pool,
         sink: impl FnOnce(&[u8]) -> usize,
     ) {
@@ -378,10 +390,18 @@ impl Endpoint {
         }
         taken += self.receiving.push(promised.get(taken..).unwrap_or_default(), pool);
         self.expected = self.expected.plus(taken);
-        if segment.fin && taken == fresh.len() {
+        let whole = taken == fresh.len();
+        if segment.fin && whole {
             self.expected = self.expected.plus(1);
             self.heard_all = true;
             self.first_to_finish = self.finish_sent();
+        }
+        self.owed += taken;
+        let few = self.owed < 2 * usize::from(self.mss());
+        if few && whole && known == 0 && !segment.fin && self.receiving.is_empty() {
+            self.owed_until.get_or_insert(now + LAZY);
+        } else {
+            self.acknowledge = true;
         }
     }
 
@@ -458,8 +478,11 @@ impl Endpoint {
         }
     }
 
-    /// What the clock asks for: to repeat, to probe, or to end.
+    /// What the clock asks for: to acknowledge, to repeat, to probe, or to end.
     pub(crate) fn on_time(&mut self, now: Instant) {
+        if self.owed_until.take_if(|until| *until <= now).is_some() {
+            self.acknowledge = true;
+        }
         if self.deadline.is_none_or(|deadline| now < deadline) {
             return;
         }
@@ -575,6 +598,7 @@ impl Endpoint {
         self.edge = self.edge.latest(self.expected.plus(promised));
         let window = u16::try_from(self.edge.since(self.expected) >> shift).unwrap_or(u16::MAX);
         self.acknowledge = false;
+        (self.owed, self.owed_until) = (0, None);
         Outgoing { window, ..Outgoing::bare(seq, Some(self.expected)) }
     }
 }

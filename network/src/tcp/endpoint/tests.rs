@@ -118,20 +118,44 @@ fn the_window_is_what_the_host_has_room_for_and_is_not_taken_back() {
 }
 
 #[test]
+fn little_is_acknowledged_with_the_answer_or_soon_and_much_at_once() {
+    let mut peer = Peer::open();
+    peer.hear(segment(guest(0), Some(ours(0)), b"question"));
+    assert_eq!(peer.next(), None, "the answer may take it along");
+    peer.say(b"answer");
+    let answer = peer.next().unwrap();
+    assert_eq!((answer.ack, answer.len), (Some(guest(8)), 6));
+    peer.hear(segment(guest(8), Some(ours(6)), b"more"));
+    assert_eq!(peer.next(), None);
+    let begin = peer.now;
+    peer.wait();
+    assert_eq!(peer.now - begin, LAZY);
+    assert_eq!(peer.next().unwrap().ack, Some(guest(12)));
+    assert_eq!((peer.next(), peer.end.deadline()), (None, None));
+    // Two segments' worth, in any pieces, does not wait; nor does an end.
+    peer.hear(segment(guest(12), Some(ours(6)), &[1; 150]));
+    assert_eq!(peer.next(), None);
+    peer.hear(segment(guest(162), Some(ours(6)), &[1; 50]));
+    assert_eq!(peer.next().unwrap().ack, Some(guest(212)));
+    peer.hear(Segment { fin: true, ..segment(guest(212), Some(ours(6)), b"x") });
+    assert_eq!(peer.next().unwrap().ack, Some(guest(214)));
+}
+
+#[test]
 fn a_closed_window_is_probed_until_it_opens() {
     let mut peer = Peer::open();
-    peer.hear(Segment { window: 0, ..segment(guest(0), Some(ours(0)), b"x") });
-    peer.next();
+    peer.hear(Segment { window: 0, ..segment(guest(0), Some(ours(0)), &[1; 200]) });
+    assert_eq!(peer.next().unwrap().ack, Some(guest(200)));
     peer.say(b"hello");
     assert_eq!(peer.next(), None);
     for _ in 0..50 {
         peer.wait();
         let probe = peer.next().unwrap();
         assert_eq!((probe.seq, probe.len), (OURS, 0), "it is from before the window");
-        peer.hear(Segment { window: 0, ..segment(guest(1), Some(ours(0)), &[]) });
+        peer.hear(Segment { window: 0, ..segment(guest(200), Some(ours(0)), &[]) });
         assert_eq!(peer.end.phase(), Phase::Open, "who answers lives");
     }
-    peer.hear(segment(guest(1), Some(ours(0)), &[]));
+    peer.hear(segment(guest(200), Some(ours(0)), &[]));
     let data = peer.next().unwrap();
     assert_eq!((data.seq, data.len, data.psh), (ours(0), 5, true));
 }
