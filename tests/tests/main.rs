@@ -9,6 +9,7 @@ mod card;
 mod chaos;
 mod cli;
 mod cli_sessions;
+mod clients;
 mod copy;
 mod crash;
 mod endurance;
