@@ -27,8 +27,8 @@ printf %s "$4" > "$root/srv/web.conf"
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout key -out web.crt -days 30 \
         -subj /CN=web.test -addext subjectAltName=DNS:web.test,DNS:v4.test,DNS:v6.test > openssl.log 2>&1 || cat openssl.log >&2
     cat key web.crt > web.pem
-    head --bytes 4194304 /dev/urandom > www/data
-    for at in $(seq 40); do echo "page $at" > www/page$at; done
+    head --bytes 1500000 /dev/urandom > www/data
+    for at in $(seq 20); do echo "page $at" > www/page$at; done
     printf "%s\n" "#!/bin/sh" "echo Content-Type: text/plain" "echo" "echo \$REMOTE_PORT \$SERVER_PROTOCOL" \
         "sha256sum" > www/cgi/hash
     chmod +x www/cgi/hash
