@@ -1,9 +1,12 @@
 //! The command line: its commands, their options, and what `--help` says of them.
 
+mod bandwidth;
 mod env;
 mod kept;
+mod network;
 mod ports;
 mod unsupported;
+mod vsock;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -12,7 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use cubbyhole::Port;
+use cubbyhole::{Bandwidth, NetworkPolicy, Port, VsockPort};
 
 use crate::amount::{duration, mebibytes, seconds};
 use crate::keys::DetachKeys;
@@ -20,7 +23,7 @@ use crate::sessions::{Tail, since};
 
 pub use env::{Variable, VariableFile};
 pub use kept::{Filter, Images, List, Prune, PullImage};
-pub use ports::Network;
+pub use network::Network;
 use unsupported::Unsupported;
 
 /// Run code nobody trusts in microVMs of its own
@@ -157,6 +160,20 @@ pub enum Command {
         /// What belongs to it, as JSON
         #[arg(default_value = "null", hide_default_value = true)]
         data: String,
+    },
+    /// Change whom a sandbox may talk to, and watch it talk
+    Network {
+        /// What to do
+        #[command(subcommand)]
+        what: Network,
+    },
+    /// Connect standard input and output to a vsock port in a sandbox
+    #[command(after_help = "Example:\n  echo question | cubby connect box 5000")]
+    Connect {
+        /// The sandbox
+        name: String,
+        /// The port at which a program in it listens
+        port: u32,
     },
     /// Show what sandboxes use: again each second on a terminal, else once
     #[command(after_help = "Examples:\n  cubby stats\n  cubby stats --json box | jq '.[].memory.used'")]
@@ -402,12 +419,21 @@ pub struct Settings {
     /// Let a port of this computer lead into it: [IP:]HOST:GUEST[/udp]; on 127.0.0.1 unless IP is given
     #[arg(short, long, value_name = "PORTS", value_parser = ports::publish)]
     pub publish: Vec<Port>,
-    /// Whom it may talk to: none, public or all (default: public)
-    #[arg(long, visible_alias = "net", value_enum, value_name = "WHOM", hide_possible_values = true)]
-    pub network: Option<Network>,
+    /// Whom it may talk to: none, public, all, or @FILE with rules in JSON (default: public)
+    #[arg(long, visible_alias = "net", value_name = "WHOM", value_parser = ports::network)]
+    pub network: Option<NetworkPolicy>,
     /// Ask this server for names, and not those that this computer asks
     #[arg(long, value_name = "IP[:PORT]", value_parser = ports::resolver)]
     pub dns: Vec<SocketAddr>,
+    /// How much it may send and receive in a second: 10mbit, or up=10mbit,down=1gbit
+    #[arg(long, value_name = "RATE", value_parser = bandwidth::bandwidth)]
+    pub bandwidth: Option<Bandwidth>,
+    /// Keep a record of its frames in this file, for tcpdump or Wireshark
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+    /// Let a vsock port of the host lead from inside to a Unix socket here
+    #[arg(long, value_name = "PORT:PATH", value_parser = vsock::vsock)]
+    pub vsock: Vec<VsockPort>,
     /// Set a label
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = label)]
     pub label: Vec<(String, String)>,
@@ -520,7 +546,7 @@ mod tests {
         let line = ["create", "-p", "8080:80", "-p", "53/udp", "--net", "all", "--dns", "1.1.1.1", "x"];
         let Command::Create(create) = parse(&line).unwrap() else { panic!("not create") };
         assert_eq!(create.settings.publish, [Port::new(8080, 80), Port::new(0, 53).udp()]);
-        assert_eq!(create.settings.network, Some(Network::All));
+        assert_eq!(create.settings.network, Some(NetworkPolicy::all()));
         assert_eq!(create.settings.dns, [SocketAddr::from(([1, 1, 1, 1], 53))]);
         for wrong in [["-m", "512"], ["-m", "1x"], ["-e", "=1"], ["--timeout", "soon"], ["--cpus", "many"]] {
             assert!(parse(&["run", wrong[0], wrong[1], "x"]).is_err(), "{wrong:?}");

@@ -116,6 +116,9 @@ pub fn explain(error: &Error) -> String {
         Error::NotDetached { name, session } => format!(
             "session {session} of sandbox {name:?} is in the hands of who started it: its terminal can be left with ctrl-p ctrl-q"
         ),
+        Error::NoNetwork { name, operation } => format!(
+            "cannot {operation} sandbox {name:?}: it was booted without a network: cubby stop {name}, then set another one, and cubby start {name}"
+        ),
         Error::Process { name, why } if name.is_empty() => why.clone(),
         Error::HostUnsupported { .. } => format!("{error}; cubby doctor checks the rest"),
         Error::Timeout { what } => format!("{what:?} took longer than its time-out and was ended"),

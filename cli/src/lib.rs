@@ -19,6 +19,7 @@ mod lifecycle;
 mod list;
 mod manual;
 mod name;
+mod network;
 mod output;
 mod progress;
 mod prune;
@@ -29,6 +30,7 @@ mod stats;
 mod table;
 mod terminal;
 mod time;
+mod vsock;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -85,6 +87,8 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Inspect { names, .. } => list::inspect(names).await,
         Command::Events { name, event, .. } => events::events(&name, event.as_deref()).await,
         Command::Emit { name, event, data } => events::emit(&name, &event, &data).await,
+        Command::Network { what } => network::network(what).await,
+        Command::Connect { name, port } => vsock::connect(&name, port).await,
         Command::Stats { names, no_stream, json, openmetrics } => {
             let form = match (json, openmetrics) {
                 (true, _) => stats::Form::Json,

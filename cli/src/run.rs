@@ -167,7 +167,12 @@ fn builder(name: &str, settings: Settings, image: &str) -> SandboxBuilder {
     }
     builder = settings.publish.into_iter().fold(builder, SandboxBuilder::publish);
     builder = settings.dns.into_iter().fold(builder, SandboxBuilder::resolver);
-    builder = set(builder, settings.network.map(Into::into), SandboxBuilder::network);
+    builder = set(builder, settings.network, SandboxBuilder::network);
+    builder = set(builder, settings.bandwidth, SandboxBuilder::bandwidth);
+    builder = set(builder, settings.pcap, SandboxBuilder::capture);
+    for vsock in settings.vsock {
+        builder = builder.vsock_listen(vsock.port, vsock.path);
+    }
     builder = set(builder, settings.command.workdir, SandboxBuilder::workdir);
     builder = set(builder, settings.command.user, SandboxBuilder::user);
     builder = set(builder, settings.hostname, SandboxBuilder::hostname);

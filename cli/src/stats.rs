@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use cubbyhole::{Error, Metrics, Sandbox, Status};
+use cubbyhole::{Error, Metrics, NetworkMetrics, Sandbox, Status};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -179,6 +179,28 @@ fn usage(before: (u128, u128), now: (u128, u128), vcpus: u32) -> Option<u128> {
     (used * 1000).checked_div(passed).map(|tenths| tenths.min(most))
 }
 
+fn host_network(network: &NetworkMetrics) -> Value {
+    let dropped: serde_json::Map<String, Value> =
+        network.dropped.causes().into_iter().map(|(cause, count)| (cause.into(), count.into())).collect();
+    json!({
+        "sent_frames": network.sent_frames,
+        "sent_bytes": network.sent_bytes,
+        "received_frames": network.received_frames,
+        "received_bytes": network.received_bytes,
+        "dropped_frames": dropped,
+        "tcp_opened": network.tcp_opened,
+        "tcp_open": network.tcp_open,
+        "tcp_failed": network.tcp_failed,
+        "udp_opened": network.udp_opened,
+        "udp_open": network.udp_open,
+        "udp_dropped": network.udp_dropped,
+        "lookups": network.lookups,
+        "denied": network.denied,
+        "limited": network.limited,
+        "replies_lost": network.replies_lost,
+    })
+}
+
 fn whole(metrics: &Metrics) -> Value {
     let network: Vec<Value> = metrics
         .network
@@ -224,6 +246,7 @@ fn whole(metrics: &Metrics) -> Value {
             "written": disk.written,
         },
         "network": network,
+        "host_network": metrics.host_network.as_ref().map(host_network),
         "processes": metrics.processes,
         "sessions": metrics.sessions,
         "clients": metrics.clients,

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use cubby_network_policy::NetworkPolicy;
 
+use crate::bandwidth::Bandwidth;
+
 /// Who is who on the guest's link. The guest is configured with the same.
 ///
 /// The defaults are out of a block for measurements between networks (RFC 2544), which no network uses, so that nothing
@@ -162,6 +164,9 @@ pub struct Config {
     pub ports: Vec<PublishedPort>,
     /// Where names are looked up.
     pub resolvers: Resolvers,
+    /// How much may pass in a second. After a silence a tenth of a second's worth may pass at once, or 128 KiB if that
+    /// is more.
+    pub bandwidth: Bandwidth,
 }
 
 impl Default for Config {
@@ -173,6 +178,7 @@ impl Default for Config {
             limits: Limits::default(),
             ports: Vec::new(),
             resolvers: Resolvers::File("/etc/resolv.conf".into()),
+            bandwidth: Bandwidth::default(),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Instant;
 
-use cubby_network_policy::{Direction, Protocol};
+use cubby_network_policy::{Direction, Protocol, Verdict};
 use rustix::net::sockopt;
 
 use crate::emit::{self, Ends, Unreachable};
@@ -361,11 +361,13 @@ impl Flows {
             self.flows.iter_mut().map(|(_, flow)| flow.used + idle).min().map(|at| at.max(now + idle / 8));
     }
 
-    /// Ends what the policy no longer allows.
-    pub(crate) fn apply_policy(&mut self, shared: &Shared) {
+    /// Ends what the policy no longer allows, and tells of it.
+    pub(crate) fn apply_policy(&mut self, shared: &mut Shared) {
         for id in self.flows.indices() {
             let Some(flow) = self.flows.get(id) else { continue };
-            if !shared.verdict(flow.direction, flow.key.protocol, flow.peer, flow.called).is_allowed() {
+            let (direction, protocol, peer) = (flow.direction, flow.key.protocol, flow.peer);
+            if let Verdict::Denied(by) = shared.verdict(direction, protocol, peer, flow.called) {
+                shared.deny(direction, protocol, peer, DeniedBy::Policy(by));
                 self.remove(id);
             }
         }

@@ -8,7 +8,7 @@
 //!
 //! # How it is driven
 //! [`Stack`] belongs to one thread and never blocks. Its owner
-//! - gives it what the guest transmits: [`Stack::transmit`];
+//! - gives it what the guest transmits: [`Stack::transmit`], while [`Stack::takes_frames`];
 //! - fetches frames when the guest has buffers: [`Stack::receive`], while [`Stack::has_frames`];
 //! - watches its one descriptor (`AsFd`) and calls [`Stack::on_ready`] when that is readable;
 //! - calls [`Stack::on_time`] when [`Stack::next_deadline`] has passed.
@@ -21,7 +21,8 @@
 //! - A connection is not accepted before the other side has: a guest whose `connect` succeeds is connected. Refusals, resets,
 //!   half-closes and unreachable hosts come through, each as itself. What the policy denies is refused at once, and
 //!   told as an event that names the rule.
-//! - Who does not read stops who writes, end to end, in both directions.
+//! - Who does not read stops who writes, end to end, in both directions. So does a [`Bandwidth`] that is used up: it
+//!   drops nothing.
 //! - Frames that do not come from the guest's own addresses go nowhere.
 //!
 //! # What it refuses
@@ -35,6 +36,7 @@
 //! calls `epoll_create1`, `getrandom`, `bind`, `listen` and `getsockname` too. The clock is its owner's.
 #![forbid(unsafe_code)]
 
+mod bandwidth;
 mod config;
 mod dns;
 mod emit;
@@ -52,6 +54,7 @@ mod socket;
 mod stack;
 mod tcp;
 
+pub use bandwidth::Bandwidth;
 pub use config::{Addresses, Config, Limits, PublishedPort, Resolvers, Transport};
 pub use cubby_network_policy::{self as policy, NetworkPolicy};
 pub use dns::HOST_NAME;

@@ -10,6 +10,7 @@ use cubby_network_policy::NetworkPolicy;
 use rustix::event::epoll::{self, CreateFlags, EventFlags};
 use rustix::io::Errno;
 
+use crate::bandwidth::Bucket;
 use crate::config::{Config, PublishedPort};
 use crate::dns::{Asker, Resolver};
 use crate::emit::{self, Ends};
@@ -63,6 +64,8 @@ pub struct Stack {
     ports: Ports,
     dns: Resolver,
     pcap: Option<Pcap>,
+    from_guest: Bucket,
+    to_guest: Bucket,
     /// Headers of the frame that was given out last.
     head: Vec<u8>,
     /// A frame that has been looked at and not yet given out.
@@ -91,6 +94,8 @@ impl Stack {
             flows: Flows::new(),
             ports,
             pcap: None,
+            from_guest: Bucket::new(config.bandwidth.from_guest, now),
+            to_guest: Bucket::new(config.bandwidth.to_guest, now),
             head: Vec::new(),
             staged: None,
             flows_first: false,
@@ -119,11 +124,12 @@ impl Stack {
         &self.shared.policy
     }
 
-    /// Puts another policy in force. Connections that it does not allow are reset, and flows ended.
+    /// Puts another policy in force. Connections that it does not allow are reset on both sides, and flows ended, each with an
+    /// event that names the rule.
     pub fn set_policy(&mut self, policy: NetworkPolicy, now: Instant) {
         self.shared.policy = policy;
         self.tcp.apply_policy(&mut self.shared);
-        self.flows.apply_policy(&self.shared);
+        self.flows.apply_policy(&mut self.shared);
         self.answer_names(now);
     }
 
@@ -144,11 +150,18 @@ impl Stack {
         self.shared.events.pop()
     }
 
+    /// Whether the guest's [`Bandwidth`](crate::Bandwidth) allows it another frame. If not, [`Stack::next_deadline`] says
+    /// when to ask again; what is given all the same is taken, and makes the wait longer.
+    pub fn takes_frames(&mut self, now: Instant) -> bool {
+        self.from_guest.is_open(now)
+    }
+
     /// Takes a frame from the guest.
     pub fn transmit(&mut self, frame: &[u8], offload: &Offload, now: Instant) {
         if let Some(pcap) = &mut self.pcap {
             pcap.write(&[frame], SystemTime::now());
         }
+        self.from_guest.take(frame.len());
         let counters = &mut self.shared.counters;
         counters.frames_in += 1;
         counters.bytes_in += u64::try_from(frame.len()).unwrap_or(u64::MAX);
@@ -248,6 +261,7 @@ impl Stack {
         loop {
             let next = match self.staged.take() {
                 Some(next) => next,
+                None if !self.to_guest.is_open(now) => return None,
                 None => self.next_frame(now)?,
             };
             let payload = self.payload(&next.0).map(|(first, second)| first.len() + second.len());
@@ -262,6 +276,7 @@ impl Stack {
     /// not asked for stays in the host's sockets.
     pub fn receive(&mut self, now: Instant) -> Option<Frame<'_>> {
         let len = self.next_len(now)?;
+        self.to_guest.take(len);
         self.shared.counters.frames_out += 1;
         self.shared.counters.bytes_out += u64::try_from(len).unwrap_or(u64::MAX);
         let (next, offload) = self.staged.take()?;
@@ -345,7 +360,8 @@ impl Stack {
     /// once.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        [self.tcp.deadline(), self.flows.deadline(), self.dns.deadline(), self.ports.deadline()]
+        let (up, down) = (self.from_guest.awaited(), self.to_guest.awaited());
+        [self.tcp.deadline(), self.flows.deadline(), self.dns.deadline(), self.ports.deadline(), up, down]
             .into_iter()
             .flatten()
             .min()
@@ -353,6 +369,8 @@ impl Stack {
 
     /// Does what its time has come for. Calling it early does no harm.
     pub fn on_time(&mut self, now: Instant) {
+        self.from_guest.on_time(now);
+        self.to_guest.on_time(now);
         self.tcp.on_time(&mut self.shared, now);
         self.flows.on_time(&self.shared, now);
         self.dns.on_time(&mut self.shared, now);

@@ -92,7 +92,11 @@ fn another_policy_breaks_off_what_it_denies() {
     let mut guest = Guest::new(all());
     let socket = guest.connect(host(port));
     guest.until("it is open", |guest| guest.tcp(socket).may_send());
+    guest.events();
     guest.stack.set_policy(NetworkPolicy::public(), std::time::Instant::now());
+    let events = guest.events();
+    let [NetworkEvent::Denied { by: DeniedBy::Policy(by), .. }] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(guest.stack.policy().explain(*by), "no rule, and the policy is public");
     guest.until("the guest is told", |guest| guest.tcp(socket).state() == State::Closed);
     server.join().unwrap();
 }

@@ -90,6 +90,12 @@ kinds! {
     Request = 0x20, Call;
     /// Answers a [`Kind::Request`] of the same session: [`crate::message::Reply`].
     Reply = 0x21, Call;
+    /// Application to sandbox process: opens a session for what happens in the guest's network. No payload. It is no use of
+    /// the sandbox. Answered by [`Kind::Subscribed`] or [`Kind::Refused`]; [`Kind::Credit`] asks for more, by bytes of
+    /// payload, and [`Kind::Abandon`] ends it.
+    WatchNetwork = 0x22, Call;
+    /// Sandbox process to application, in such a session: [`crate::message::NetworkEvent`].
+    NetworkEvent = 0x23, Call;
 
     /// Opens a session: [`crate::message::Open`].
     Open = 0x40, Opens;

@@ -8,7 +8,9 @@ const MAGIC: [u8; 4] = *b"cuby";
 /// Who is speaking: sixteen little-endian bytes (magic, version, reserved, features).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// The protocol's version. Peers work together only if theirs are equal.
+    /// The protocol's version. Peers work together only if theirs are equal. It is 1 until something is released; from then
+    /// on each change that the other side would misread raises it by one: a kind or a message that is another, or gone.
+    /// What is only asked for by those who know of it, and answered by those who do, is a feature instead.
     pub version: u16,
     /// Optional abilities, one bit each; a peer uses what both have. None is defined yet.
     pub features: u64,

@@ -53,5 +53,8 @@ pub const CONTROL_PORT: u32 = 1024;
 /// Guest-side vsock port on which the agent accepts client connections once it has said Ready.
 pub const AGENT_PORT: u32 = 1025;
 
+/// Vsock ports, of host and guest, that applications cannot have.
+pub const RESERVED_PORTS: std::ops::RangeInclusive<u32> = CONTROL_PORT..=1039;
+
 /// x86 I/O port to which the guest writes one [`message::Mark`] byte; every write is a VM exit.
 pub const MARK_IO_PORT: u16 = 0x3f0;

@@ -7,6 +7,7 @@ mod events;
 mod files;
 mod metrics;
 mod network;
+mod network_rules;
 mod sessions;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,7 @@ pub use files::{
 };
 pub use metrics::*;
 pub use network::{Network, Subnet};
+pub use network_rules::*;
 pub use sessions::{Attach, SessionEnd, SessionInfo, Welcome};
 
 /// Payload of [`crate::Kind::Fatal`].
@@ -182,7 +184,7 @@ impl TryFrom<u8> for Mark {
 }
 
 /// Payload of [`crate::Kind::Request`]: what an application asks of the sandbox process itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// What state the sandbox is in.
     Status,
@@ -213,6 +215,13 @@ pub enum Request {
         /// Its number.
         session: u32,
     },
+    /// Put other rules in force for the network, now and for later runs.
+    SetNetwork {
+        /// The policy as JSON, at most [`MAX_POLICY`] bytes.
+        policy: String,
+    },
+    /// What went through the network.
+    NetworkCounters,
 }
 
 /// Payload of [`crate::Kind::Reply`].
@@ -228,6 +237,8 @@ pub enum Reply {
     Failed(String),
     /// Answers [`Request::Sessions`], in the order of their numbers.
     Sessions(Vec<SessionInfo>),
+    /// Answers [`Request::NetworkCounters`]; nothing of a sandbox without a network card.
+    NetworkCounters(Option<Box<NetworkCounters>>),
 }
 
 /// The sandbox process's own view of its state.
@@ -272,6 +283,8 @@ pub enum Refused {
     },
     /// The guest sent more than the session's window allows.
     Overrun,
+    /// The guest was booted without a network card.
+    NoNetwork,
 }
 
 /// Payload of [`crate::Kind::Open`]: a command to run.

@@ -61,6 +61,13 @@ fn messages_have_their_golden_bytes() {
     pinned(Kind::Reply, &Reply::Done, &[0]);
     pinned(Kind::Request, &Request::Sessions, &[8]);
     pinned(Kind::Request, &Request::DetachSession { session: 17 }, &[9, 17]);
+    pinned(
+        Kind::Request,
+        &Request::SetNetwork { policy: "\"all\"".into() },
+        &[10, 5, b'"', b'a', b'l', b'l', b'"'],
+    );
+    pinned(Kind::Request, &Request::NetworkCounters, &[11]);
+    pinned(Kind::Refused, &Refused::NoNetwork, &[7]);
     pinned(Kind::Attach, &Attach { session: 300 }, &[251, 44, 1]);
     pinned(Kind::Welcome, &Welcome { first: 17, step: 16 }, &[17, 16]);
     pinned(Kind::Refused, &Refused::NoSuchSession { session: 5 }, &[4, 5]);
@@ -218,4 +225,57 @@ fn a_message_over_the_limit_leaves_the_buffer_alone() {
     let mut out = vec![1, 2, 3];
     assert!(encode(Kind::Open, SessionId(1), &open, &mut out).is_err());
     assert_eq!(out, [1, 2, 3]);
+}
+
+#[test]
+fn what_is_told_of_the_network_has_its_golden_bytes() {
+    let flow = NetworkFlow {
+        protocol: FlowProtocol::Udp,
+        inbound: true,
+        peer: "1.2.3.4:300".parse().unwrap(),
+        name: Some("a".into()),
+    };
+    let by = DeniedBy { rule: Some(3), why: "no".into() };
+    let event = |what| NetworkEvent { lost: 1, at_ns: 2, what };
+    pinned(
+        Kind::NetworkEvent,
+        &event(NetworkEventKind::Connected(flow.clone())),
+        &[1, 2, 0, 1, 1, 0, 1, 2, 3, 4, 251, 44, 1, 1, 1, b'a'],
+    );
+    pinned(
+        Kind::NetworkEvent,
+        &event(NetworkEventKind::Denied(flow, by.clone())),
+        &[1, 2, 1, 1, 1, 0, 1, 2, 3, 4, 251, 44, 1, 1, 1, b'a', 1, 3, 2, b'n', b'o'],
+    );
+    pinned(
+        Kind::NetworkEvent,
+        &event(NetworkEventKind::NameDenied("b".into(), DeniedBy { rule: None, ..by })),
+        &[1, 2, 2, 1, b'b', 0, 2, b'n', b'o'],
+    );
+    pinned(
+        Kind::NetworkEvent,
+        &event(NetworkEventKind::AnswerDropped("c".into(), [127, 0, 0, 1].into())),
+        &[1, 2, 3, 1, b'c', 0, 127, 0, 0, 1],
+    );
+    let dropped =
+        DroppedFrames { refused: 5, malformed: 6, checksum: 7, spoofed: 8, fragments: 9, ignored: 10 };
+    let counters = NetworkCounters {
+        sent_frames: 1,
+        sent_bytes: 2,
+        received_frames: 3,
+        received_bytes: 4,
+        dropped,
+        tcp_opened: 11,
+        tcp_open: 12,
+        tcp_failed: 13,
+        udp_opened: 14,
+        udp_open: 15,
+        udp_dropped: 16,
+        lookups: 17,
+        denied: 18,
+        limited: 19,
+        replies_lost: 20,
+    };
+    let golden: Vec<u8> = [5, 1].into_iter().chain(1..=20).collect();
+    pinned(Kind::Reply, &Reply::NetworkCounters(Some(counters.into())), &golden);
 }

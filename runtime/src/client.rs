@@ -2,11 +2,11 @@
 //! ([`Upstream`]), whose bytes are forwarded as they lie in the device's buffer; and views of sessions that have been
 //! detached, whose frames are among our own.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use cubby_protocol::message::{Attach, Fatal, Open, Refused, Reply, Request, Welcome};
+use cubby_protocol::message::{Attach, Credit, Fatal, Open, Refused, Reply, Request, Welcome};
 use cubby_protocol::{Decoder, FrameError, Header, Hello, Kind, Role, SessionId, decode, encode};
 use cubby_vmm::devices::vsock::Vsock;
 use serde::Serialize;
@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::backlog::Quota;
 use crate::command::{Command, Served, ViewId};
 use crate::upstream::{Notes, Upstream};
+use crate::watches::{MAX_WATCHES, Watches};
 
 /// Bytes forwarded from the guest for one client before the others have their turn.
 const TURN: usize = 1 << 20;
@@ -49,6 +50,10 @@ pub(crate) enum Deed {
     Attach {
         session: SessionId,
         to: SessionId,
+    },
+    /// Open a session for what happens in the guest's network.
+    Watch {
+        session: SessionId,
     },
     /// A frame for the session behind a view.
     View {
@@ -88,7 +93,9 @@ pub(crate) struct Client {
     /// Something has come that is use of the sandbox.
     used: bool,
     /// Its views, and the sessions behind them.
-    pub(crate) views: HashMap<SessionId, SessionId>,
+    pub(crate) views: BTreeMap<SessionId, SessionId>,
+    /// What it hears of the guest's network.
+    pub(crate) watches: Watches,
     /// The largest number of a session that it has opened.
     pub(crate) newest: u32,
     /// Nothing more is read; the connection ends once `own` is out.
@@ -109,7 +116,8 @@ impl Client {
             own: Hello::OURS.to_frame().to_vec(),
             own_done: 0,
             used: false,
-            views: HashMap::new(),
+            views: BTreeMap::new(),
+            watches: Watches::default(),
             newest: 0,
             closing: false,
         };
@@ -170,6 +178,12 @@ impl Client {
         self.closing = true;
     }
 
+    /// Begins to tell what happens in the guest's network.
+    pub(crate) fn watch(&mut self, session: SessionId) {
+        self.watches.begin(session);
+        self.say(Kind::Subscribed, session, &());
+    }
+
     /// Ends a session of the client's.
     pub(crate) fn refuse_session(&mut self, session: SessionId, why: &Refused) {
         self.views.remove(&session);
@@ -189,7 +203,11 @@ impl Client {
             more = self.application_to_guest(up, turn)?;
         }
         up.settle(turn.vsock);
+        if !self.closing && self.watches.is_due() {
+            self.watches.write(&mut self.own, MAX_OWN);
+        }
         more |= self.guest_to_application(up, turn)?;
+        more |= self.own.is_empty() && self.watches.is_due();
         if self.closing && self.own.is_empty() {
             return Err(Gone);
         }
@@ -272,11 +290,12 @@ impl Client {
             return Ok(());
         }
         let role = kind.role();
-        self.used |= !matches!(role, Role::Call | Role::Asks);
+        self.used |= !matches!(role, Role::Call | Role::Asks) && !self.watches.has(session);
         match (role, kind) {
             (Role::Call, Kind::Request) => {
                 let request = decode(payload)?;
-                self.used |= !matches!(request, Request::Status | Request::Sessions);
+                self.used |=
+                    !matches!(request, Request::Status | Request::Sessions | Request::NetworkCounters);
                 turn.deeds.push(Deed::Call(Call { session, request }));
             }
             (Role::Call, Kind::Attach) => {
@@ -286,6 +305,14 @@ impl Client {
                     let to = SessionId(attach.session);
                     self.views.insert(session, to);
                     turn.deeds.push(Deed::Attach { session, to });
+                }
+            }
+            (Role::Call, Kind::WatchNetwork) => {
+                if self.watches.len() >= MAX_WATCHES {
+                    let max = u32::try_from(MAX_WATCHES).unwrap_or(u32::MAX);
+                    self.say(Kind::Refused, session, &Refused::TooManySessions { max });
+                } else if self.begin(session, up)? {
+                    turn.deeds.push(Deed::Watch { session });
                 }
             }
             (Role::Opens | Role::Listens, _) => match turn.gate {
@@ -316,6 +343,12 @@ impl Client {
                     up.forward(bytes, turn.vsock);
                 } else if self.views.contains_key(&session) {
                     turn.deeds.push(Deed::View { session, kind, payload: payload.to_vec() });
+                } else if self.watches.has(session) {
+                    match kind {
+                        Kind::Credit => self.watches.credit(session, decode::<Credit>(payload)?.bytes),
+                        Kind::Abandon => self.watches.end(session),
+                        _ => {}
+                    }
                 }
             }
             (_, kind) => {
@@ -336,11 +369,11 @@ impl Client {
                 why: format!("{} is not a number of this connection", session.0),
             });
         }
-        if up.is_open(session) || self.views.contains_key(&session) {
+        if up.is_open(session) || self.views.contains_key(&session) || self.watches.has(session) {
             self.say(Kind::Refused, session, &Refused::SessionInUse);
             return Ok(false);
         }
-        if up.sessions() + self.views.len() >= MAX_SESSIONS {
+        if up.sessions() + self.views.len() + self.watches.len() >= MAX_SESSIONS {
             let max = u32::try_from(MAX_SESSIONS).unwrap_or(u32::MAX);
             self.say(Kind::Refused, session, &Refused::TooManySessions { max });
             return Ok(false);
@@ -462,6 +495,8 @@ mod tests {
         assert_eq!(used(&Gate::Open, Kind::Measure, None), (false, 0));
         assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Status)), (false, 0));
         assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Sessions)), (false, 0));
+        assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::NetworkCounters)), (false, 0));
+        assert_eq!(used(&Gate::Open, Kind::WatchNetwork, None), (false, 0));
         assert_eq!(used(&Gate::Open, Kind::Request, Some(Request::Touch)), (true, 0));
         assert_eq!(used(&Gate::Open, Kind::Ping, None), (true, 0));
         assert_eq!(used(&Gate::Open, Kind::Subscribe, None), (true, 1));

@@ -46,17 +46,18 @@ fn refused(what: &'static str) -> impl Fn(&dyn Display) -> io::Error {
 
 impl LockIn {
     /// Prepares for the process that serves a sandbox of `home`. From here on it can lose privileges only, and so can the
-    /// threads that it starts.
-    pub(crate) fn prepare(home: &Home) -> io::Result<Arc<Self>> {
+    /// threads that it starts. `connects`: its main thread may connect to Unix sockets.
+    pub(crate) fn prepare(home: &Home, connects: bool) -> io::Result<Arc<Self>> {
         // The usual report of a panic would look at files and memory maps for a backtrace.
         std::panic::set_hook(Box::new(|panic| crate::say(panic)));
         privileges::gain_none()?;
         let pid = rustix::process::getpid();
+        let targets: &[_] = if connects { calls::TARGETS } else { &[] };
         Ok(Arc::new(Self {
             files: files::Files::of(home)?,
             vcpu: filter::compile(&[calls::EVERY_THREAD, calls::VCPU], pid)?,
             worker: filter::compile(&[calls::EVERY_THREAD, calls::WORKER], pid)?,
-            main: filter::compile(&[calls::EVERY_THREAD, calls::MAIN], pid)?,
+            main: filter::compile(&[calls::EVERY_THREAD, calls::MAIN, targets], pid)?,
             pid,
         }))
     }

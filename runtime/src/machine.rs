@@ -20,10 +20,11 @@ const GUEST_CID: u32 = 3;
 /// The console is there for panics; what a healthy guest prints would only cost boot time. A panic and a
 /// reboot reset the machine through the keyboard controller, which the VMM sees. The random pool takes the
 /// processor's word at boot and the host's entropy from the agent. The initramfs is not freed: the kernel would
-/// overwrite it first, and each of its pages, which all sandboxes share, would be copied for that.
+/// overwrite it first, and each of its pages, which all sandboxes share, would be copied for that. Without `erms` the kernel
+/// clears pages by words: kernel-config/README.md says why.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 random.trust_cpu=on \
                        cryptomgr.notests rcupdate.rcu_expedited=1 no_timer_check noreplace-smp \
-                       8250.nr_uarts=1 percpu_alloc=page retain_initrd \
+                       8250.nr_uarts=1 percpu_alloc=page retain_initrd clearcpuid=erms \
                        initcall_blacklist=blake2s_mod_init,slab_late_init rdinit=/init";
 
 /// The kernel's command line for a guest of so much memory. Linux makes its directory and inode caches' hash tables for

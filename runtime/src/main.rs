@@ -23,12 +23,14 @@ mod lockin;
 mod machine;
 mod network;
 mod output_log;
+mod pipes;
 mod policy;
 mod relay;
 mod signals;
 mod supervisor;
 mod sys;
 mod upstream;
+mod watches;
 mod will;
 
 use std::fmt::Display;
@@ -46,7 +48,9 @@ use last_words::LastWords;
 use launch::Launch;
 use lockin::{Limits, LockIn};
 use machine::Marked;
+use network::{Exchange, Plugged};
 use output_log::OutputLog;
+use pipes::Pipes;
 use relay::Relay;
 use signals::Signals;
 use supervisor::Parts;
@@ -179,9 +183,15 @@ fn boot(
     let mut config = machine::config(spec, &assets, marked.clone(), tap.with(pen))
         .map_err(|why| Failure::at("disks", why))?;
     let limits = Limits::new(&spec.config);
-    config.network = network(spec, store, &limits)?;
+    let exchange = network(spec, store, &limits)?.map(|(network, exchange)| {
+        config.network = Some(network);
+        exchange
+    });
     let relay = Relay::listen(&spec.socket, spec.config.max_clients, open_log(spec))
         .map_err(|error| Failure::at("relay", format!("{}: {error}", spec.socket.display())))?;
+    let port_socket = spec.home.port_socket(&spec.name);
+    let pipes = Pipes::listen(&port_socket, &spec.config.vsock)
+        .map_err(|error| Failure::at("relay", format!("{}: {error}", port_socket.display())))?;
     let vmm = |error: Error| match error {
         Error::Host(host) => {
             let (message, remedy) = (host.why, Some(host.remedy));
@@ -193,27 +203,32 @@ fn boot(
         remedy: Some("the host's kernel must have seccomp filters (CONFIG_SECCOMP_FILTER)".into()),
         ..Failure::at("lock-in", error)
     };
-    let lock_in = LockIn::prepare(&spec.home).map_err(locking)?;
+    let lock_in = LockIn::prepare(&spec.home, !spec.config.vsock.is_empty()).map_err(locking)?;
     config.on_thread = Some(lock_in.on_thread());
     let mut events = Vm::event_loop().map_err(vmm)?;
     let vm = Vm::boot(config, &mut events).map_err(vmm)?;
     // Everything is open and every thread runs. The guest does not yet.
     lock_in.finish(&limits).map_err(locking)?;
-    supervisor::run(Parts { spec, launch, store, will, relay, tap, vm, events, marked, signals, began })
-        .map_err(|why| Failure::at("supervisor", why))
+    let parts =
+        Parts { spec, launch, store, will, relay, pipes, tap, exchange, vm, events, marked, signals, began };
+    supervisor::run(parts).map_err(|why| Failure::at("supervisor", why))
 }
 
 /// The guest's network, whose ports are listened on and recorded, unless it has none.
-fn network(spec: &LaunchSpec, store: &Store, limits: &Limits) -> Result<Option<Network>, Failure> {
+fn network(
+    spec: &LaunchSpec,
+    store: &Store,
+    limits: &Limits,
+) -> Result<Option<(Network, Exchange)>, Failure> {
     if !spec.config.has_network() {
         return Ok(None);
     }
-    let (network, ports) = network::plug_in(&spec.config, limits.network)
+    let Plugged { network, exchange, ports } = network::plug_in(&spec.config, limits.network)
         .map_err(|network::Failed { message, port }| Failure { port, ..Failure::at("network", message) })?;
     if !ports.is_empty() {
         store.set_ports(spec.run, &ports).map_err(|error| Failure::at("store", chain(&error)))?;
     }
-    Ok(Some(network))
+    Ok(Some((network, exchange)))
 }
 
 /// The sandbox's log. One that cannot be had keeps nobody from the sandbox.

@@ -6,31 +6,38 @@
 //!
 //! Time stands still for the stack while its guest is paused: nothing expires that the guest could not keep alive.
 
+mod capture;
+mod exchange;
+
 use std::io;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use cubby_network::policy::{By, Direction, Protocol};
 use cubby_network::{
-    Addresses, Gso, GsoKind, GuestOffloads, Limits, NetworkEvent, PartialChecksum, PublishedPort, Resolvers,
-    Stack, StackError,
+    Addresses, Bandwidth, DeniedBy, Gso, GsoKind, GuestOffloads, Limits, NetworkEvent, PartialChecksum,
+    PublishedPort, Resolvers, Stack, StackError,
 };
-use cubby_protocol::message::{self, Subnet};
+use cubby_protocol::message::{self, DroppedFrames, NetworkEventKind, NetworkFlow, Subnet};
 use cubby_state::{Port, SandboxConfig, Transport};
 use cubby_vmm::devices::Slice;
 use cubby_vmm::devices::net::{
-    Backend, Checksum, Frame, MAX_FRAME, Mac, Mtu, Offload, Offloads, Segmentation, Segments, Sent,
+    self, Backend, Checksum, Frame, MAX_FRAME, Mac, Mtu, Offload, Offloads, Segmentation, Segments, Sent,
 };
 use cubby_vmm::{NetBackend, Watch};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::chain;
+use crate::{chain, machine};
+
+pub(crate) use exchange::{Exchange, Ticket};
 
 /// The file that names the host's resolvers.
 pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// The token of the stack's one descriptor.
+/// The tokens of the stack's one descriptor, and of the one that says that there are other rules.
 const SOCKETS: u64 = 0;
+const ORDER: u64 = 1;
 
 /// What both sides leave to each other. Datagrams in bundles are nothing that the stack knows.
 const OFFLOADS: Offloads = Offloads { checksum: true, tcp4: true, tcp6: true, udp: false };
@@ -49,11 +56,19 @@ pub(crate) struct Failed {
     pub(crate) port: Option<std::net::SocketAddr>,
 }
 
-/// The card of the sandbox's VM, and its published ports with what they have got. They are listened on from now on.
-pub(crate) fn plug_in(
-    config: &SandboxConfig,
-    descriptors: u64,
-) -> Result<(cubby_vmm::Network, Vec<Port>), Failed> {
+/// A network that was made.
+pub(crate) struct Plugged {
+    /// The card of the sandbox's VM.
+    pub(crate) network: cubby_vmm::Network,
+    /// The main thread's end.
+    pub(crate) exchange: Exchange,
+    /// The published ports, with what they have got. They are listened on from now on.
+    pub(crate) ports: Vec<Port>,
+}
+
+/// Makes the sandbox's network.
+pub(crate) fn plug_in(config: &SandboxConfig, descriptors: u64) -> Result<Plugged, Failed> {
+    let exchange = Exchange::new().map_err(|error| Failed { message: chain(&error), port: None })?;
     let addresses = Addresses::default();
     let mac =
         Mac::try_from(addresses.guest_mac).map_err(|error| Failed { message: chain(&error), port: None })?;
@@ -70,22 +85,38 @@ pub(crate) fn plug_in(
             limits: limits(descriptors.saturating_sub(OWN + count(config.ports.len()))),
             ports: config.ports.iter().map(published).collect(),
             resolvers,
+            bandwidth: bandwidth(config.bandwidth),
         },
         Instant::now(),
     );
-    let stack = stack.map_err(|error| match error {
+    let mut stack = stack.map_err(|error| match error {
         StackError::Listen { address, source } => Failed {
             message: format!("{source}; choose another port, or 0 for a free one"),
             port: Some(address),
         },
         error => Failed { message: chain(&error), port: None },
     })?;
+    if let Some(path) = &config.capture {
+        let pcap = capture::begin(path).map_err(|error| Failed {
+            message: format!("the capture {} cannot be written: {error}", path.display()),
+            port: None,
+        })?;
+        stack.record(Some(pcap));
+    }
     // They come back in the order in which they went.
     let got = stack.published();
     let ports =
         config.ports.iter().zip(got).map(|(port, got)| Port { host: got.host.port(), ..*port }).collect();
-    let backend = Box::new(Plug { stack, frame: vec![0; MAX_FRAME], paused: Duration::ZERO, told: 0 });
-    Ok((cubby_vmm::Network { mac, mtu, backend }, ports))
+    let backend = Box::new(Plug {
+        stack,
+        frame: vec![0; MAX_FRAME],
+        paused: Duration::ZERO,
+        told: 0,
+        exchange: exchange.clone(),
+        rules: 0,
+        events_lost: 0,
+    });
+    Ok(Plugged { network: cubby_vmm::Network { mac, mtu, backend }, exchange, ports })
 }
 
 /// The descriptors that a network with these ports takes at most.
@@ -102,6 +133,12 @@ fn limits(descriptors: u64) -> Limits {
     let udp_flows = all.udp_flows.min(descriptors / 4);
     let tcp_connections = all.tcp_connections.min(descriptors - lookups - udp_flows);
     Limits { lookups, udp_flows, tcp_connections, half_open: all.half_open.min(tcp_connections), ..all }
+}
+
+/// The network counts in bytes.
+fn bandwidth(bandwidth: cubby_state::Bandwidth) -> Bandwidth {
+    let bytes = |bits: Option<u64>| bits.and_then(|bits| NonZeroU64::new(bits / 8));
+    Bandwidth { from_guest: bytes(bandwidth.upload), to_guest: bytes(bandwidth.download) }
 }
 
 fn count(number: usize) -> u64 {
@@ -145,6 +182,12 @@ struct Plug {
     paused: Duration,
     /// Refusals that were written to the log.
     told: u32,
+    /// The main thread.
+    exchange: Exchange,
+    /// The newest rules that were taken.
+    rules: Ticket,
+    /// Events that the stack has lost, as far as they were told of.
+    events_lost: u64,
 }
 
 impl Plug {
@@ -154,16 +197,47 @@ impl Plug {
         now.checked_sub(self.paused).unwrap_or(now)
     }
 
-    fn tell(&mut self, event: &NetworkEvent) {
-        let what = match event {
-            NetworkEvent::Connected { .. } => return,
-            NetworkEvent::Denied { protocol, direction, peer, name, by } => {
-                let name = name.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
-                let what = format!("{direction:?} {protocol:?}").to_lowercase();
-                format!("{what} {peer}{name}: {}", self.by(*by))
+    /// Before anything is done: puts other rules in force, if there are some. Returns the stack's time.
+    fn obey(&mut self) -> Instant {
+        let now = self.now();
+        if let Some(policy) = self.exchange.rules(&mut self.rules) {
+            // What was refused before is explained by the rules that have refused it.
+            self.tell_all();
+            self.stack.set_policy(policy, now);
+        }
+        now
+    }
+
+    /// Tells of all that has happened.
+    fn tell_all(&mut self) {
+        let all = self.stack.counters().events_lost;
+        let mut lost = all - std::mem::replace(&mut self.events_lost, all);
+        while let Some(event) = self.stack.next_event() {
+            let listening = self.exchange.is_listening();
+            if !listening && self.told >= TOLD {
+                continue;
             }
-            NetworkEvent::NameDenied { name, by } => format!("looking up {name}: {}", self.by(*by)),
-            NetworkEvent::AnswerDropped { name, address } => {
+            let event = self.tellable(event);
+            if self.told < TOLD {
+                self.log(&event);
+            }
+            if listening {
+                self.exchange.tell(event, machine::realtime_ns(), std::mem::take(&mut lost));
+            }
+        }
+    }
+
+    /// Writes to the sandbox's log what was refused.
+    fn log(&mut self, event: &NetworkEventKind) {
+        let what = match event {
+            NetworkEventKind::Connected(_) => return,
+            NetworkEventKind::Denied(NetworkFlow { protocol, inbound, peer, name }, by) => {
+                let name = name.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
+                let direction = if *inbound { "inbound" } else { "outbound" };
+                format!("{direction} {} {peer}{name}: {}", format!("{protocol:?}").to_lowercase(), by.why)
+            }
+            NetworkEventKind::NameDenied(name, by) => format!("looking up {name}: {}", by.why),
+            NetworkEventKind::AnswerDropped(name, address) => {
                 format!("{name} as {address}: the guest may not talk to that address")
             }
         };
@@ -172,21 +246,93 @@ impl Plug {
         crate::say(format_args!("network: refused {}{last}", what.escape_debug()));
     }
 
-    fn by(&self, by: cubby_network::DeniedBy) -> String {
-        match by {
-            cubby_network::DeniedBy::Policy(by) => self.stack.policy().explain(by),
-            limit => format!("too many ({limit:?})"),
+    /// An event as others are told of it.
+    fn tellable(&self, event: NetworkEvent) -> NetworkEventKind {
+        match event {
+            NetworkEvent::Connected { protocol, direction, peer, name } => {
+                NetworkEventKind::Connected(flow(protocol, direction, peer, name))
+            }
+            NetworkEvent::Denied { protocol, direction, peer, name, by } => {
+                NetworkEventKind::Denied(flow(protocol, direction, peer, name), self.by(by))
+            }
+            NetworkEvent::NameDenied { name, by } => NetworkEventKind::NameDenied(name, self.by(by)),
+            NetworkEvent::AnswerDropped { name, address } => NetworkEventKind::AnswerDropped(name, address),
         }
+    }
+
+    fn by(&self, by: DeniedBy) -> message::DeniedBy {
+        let limit = |what: &str| format!("too many {what}");
+        let rule = match by {
+            DeniedBy::Policy(By::Rule(index)) => u32::try_from(index).ok(),
+            _ => None,
+        };
+        let why = match by {
+            DeniedBy::Policy(by) => self.stack.policy().explain(by),
+            DeniedBy::Connections => limit("connections"),
+            DeniedBy::HalfOpen => limit("connections that nobody has answered yet"),
+            DeniedBy::Rate => limit("new connections in a second"),
+            DeniedBy::Lookups => limit("names that are being looked up"),
+        };
+        message::DeniedBy { rule, why }
+    }
+}
+
+fn flow(
+    protocol: Protocol,
+    direction: Direction,
+    peer: std::net::SocketAddr,
+    name: Option<String>,
+) -> NetworkFlow {
+    let protocol = match protocol {
+        Protocol::Tcp => message::FlowProtocol::Tcp,
+        Protocol::Udp => message::FlowProtocol::Udp,
+        Protocol::Icmp => message::FlowProtocol::Icmp,
+    };
+    NetworkFlow { protocol, inbound: direction == Direction::Inbound, peer, name }
+}
+
+/// What went through a network, by the counts of its stack and of its card.
+pub(crate) fn counters(exchange: &Exchange, card: &net::Counters) -> message::NetworkCounters {
+    let stack = exchange.counters();
+    let net::Refused { length, checksum, segmentation, room, link_down } = card.transmit_refused;
+    message::NetworkCounters {
+        sent_frames: card.transmitted.frames,
+        sent_bytes: card.transmitted.bytes,
+        received_frames: card.received.frames,
+        received_bytes: card.received.bytes,
+        dropped: DroppedFrames {
+            refused: length + checksum + segmentation + room + link_down,
+            malformed: stack.malformed,
+            checksum: stack.bad_checksum,
+            spoofed: stack.spoofed,
+            fragments: stack.fragments,
+            ignored: stack.ignored,
+        },
+        tcp_opened: stack.tcp_opened,
+        tcp_open: stack.tcp_connections,
+        tcp_failed: stack.tcp_failed,
+        udp_opened: stack.udp_opened,
+        udp_open: stack.udp_flows,
+        udp_dropped: stack.udp_dropped,
+        lookups: stack.lookups,
+        denied: stack.denied,
+        limited: stack.limited,
+        replies_lost: stack.replies_lost,
     }
 }
 
 impl NetBackend for Plug {
     fn attach(&mut self, watch: Watch) -> io::Result<()> {
-        watch.add(&self.stack.as_fd(), SOCKETS, EventSet::IN)
+        watch.add(&self.stack.as_fd(), SOCKETS, EventSet::IN)?;
+        watch.add(self.exchange.order(), ORDER, EventSet::IN)
     }
 
-    fn ready(&mut self, _: u64, _: EventSet) {
-        let now = self.now();
+    fn ready(&mut self, token: u64, _: EventSet) {
+        let now = self.obey();
+        if token == ORDER {
+            self.exchange.heard();
+            return;
+        }
         // What is left is there in the next round, as is what `epoll_wait` has against this one.
         let _ = self.stack.on_ready(now);
     }
@@ -196,7 +342,7 @@ impl NetBackend for Plug {
     }
 
     fn elapsed(&mut self) {
-        let now = self.now();
+        let now = self.obey();
         self.stack.on_time(now);
     }
 
@@ -220,7 +366,10 @@ impl Backend for Plug {
     }
 
     fn transmit(&mut self, frame: Frame<'_>) -> Sent {
-        let now = self.now();
+        let now = self.obey();
+        if !self.stack.takes_frames(now) {
+            return Sent::Full;
+        }
         let copied = frame.copy_to(&mut self.frame);
         if let Some(bytes) = self.frame.get(..copied.min(frame.len)) {
             self.stack.transmit(bytes, &from_guest(frame.offload), now);
@@ -229,15 +378,13 @@ impl Backend for Plug {
     }
 
     fn settle(&mut self) {
-        while let Some(event) = self.stack.next_event() {
-            if self.told < TOLD {
-                self.tell(&event);
-            }
-        }
+        self.tell_all();
+        self.exchange.count(self.stack.counters());
+        self.exchange.now_in_force(self.rules);
     }
 
     fn pending(&mut self) -> Option<usize> {
-        let now = self.now();
+        let now = self.obey();
         self.stack.next_len(now)
     }
 
@@ -346,12 +493,12 @@ mod tests {
     fn a_port_that_is_taken_is_named_and_a_free_one_is_found() {
         let mut config = SandboxConfig::new("x");
         config.ports = vec![Port::new(0, 80), Port::new(0, 53).udp()];
-        let (network, ports) = plug_in(&config, 1000).unwrap();
+        let Plugged { network, ports, .. } = plug_in(&config, 1000).unwrap();
         assert!(ports.iter().all(|port| port.host != 0));
         config.ports = vec![ports[0]];
         let failed = plug_in(&config, 1000).map(drop).unwrap_err();
         assert_eq!(failed.port, Some(ports[0].listens_on()), "{failed:?}");
         drop(network);
-        assert_eq!(plug_in(&config, 1000).unwrap().1, config.ports);
+        assert_eq!(plug_in(&config, 1000).unwrap().ports, config.ports);
     }
 }

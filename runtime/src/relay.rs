@@ -1,12 +1,13 @@
 //! The relay: the socket that clients connect to, and all who are connected.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 
-use cubby_protocol::message::{Fatal, Refused, Reply, Welcome};
+use cubby_protocol::message::{Fatal, NetworkEvent, Refused, Reply, Welcome};
 use cubby_vmm::devices::vsock::{StreamId, Vsock};
 use event_manager::{EventOps, Events};
 use rustix::net::SocketFlags;
@@ -29,10 +30,10 @@ pub(crate) struct Asked {
 
 pub(crate) struct Relay {
     listener: UnixListener,
-    pub(crate) clients: HashMap<ClientId, Client>,
+    pub(crate) clients: BTreeMap<ClientId, Client>,
     /// Each client's stream. It outlives its client for a detached session.
-    pub(crate) upstreams: HashMap<ClientId, Upstream>,
-    streams: HashMap<StreamId, ClientId>,
+    pub(crate) upstreams: BTreeMap<ClientId, Upstream>,
+    streams: BTreeMap<StreamId, ClientId>,
     pub(crate) ended: Ended,
     quota: Quota,
     notes: Notes,
@@ -44,6 +45,8 @@ pub(crate) struct Relay {
     max_clients: u16,
     agent_ready: bool,
     used: bool,
+    /// Whether the guest has a network that can be watched.
+    has_network: bool,
 }
 
 impl Relay {
@@ -53,18 +56,11 @@ impl Relay {
     /// Listens at `path`, which only the owner can open (the directory is 0700 and the socket 0600). Whoever
     /// records the end of the run removes it.
     pub(crate) fn listen(path: &Path, max_clients: u16, log: OutputLog) -> io::Result<Self> {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
-        rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
         Ok(Self {
-            listener,
-            clients: HashMap::new(),
-            upstreams: HashMap::new(),
-            streams: HashMap::new(),
+            listener: self::listen(path)?,
+            clients: BTreeMap::new(),
+            upstreams: BTreeMap::new(),
+            streams: BTreeMap::new(),
             ended: Ended::default(),
             quota: Quota::default(),
             notes: Notes::new(log),
@@ -74,6 +70,7 @@ impl Relay {
             max_clients,
             agent_ready: false,
             used: false,
+            has_network: false,
         })
     }
 
@@ -98,6 +95,25 @@ impl Relay {
 
     pub(crate) fn clients(&self) -> u16 {
         u16::try_from(self.clients.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The guest has a network.
+    pub(crate) fn set_network(&mut self) {
+        self.has_network = true;
+    }
+
+    /// Whether somebody wants to hear of it.
+    pub(crate) fn listens(&self) -> bool {
+        self.clients.values().any(|client| !client.watches.is_empty())
+    }
+
+    /// Something has happened in the guest's network.
+    pub(crate) fn on_network(&mut self, events: impl IntoIterator<Item = NetworkEvent>) {
+        let listeners = || self.clients.iter().filter(|(_, client)| !client.watches.is_empty());
+        self.awake.extend(listeners().map(|(id, _)| *id));
+        for event in events.into_iter().map(Arc::new) {
+            self.clients.values_mut().for_each(|client| client.watches.push(&event));
+        }
     }
 
     /// The agent accepts streams from now on.
@@ -164,7 +180,8 @@ impl Relay {
                 client.turn_away(&Fatal::TooManyClients { max: self.max_clients });
                 continue;
             }
-            self.next_id = self.next_id.wrapping_add(1).max(1);
+            // The upper half is that of pipes.
+            self.next_id = (self.next_id.wrapping_add(1) & (u32::MAX >> 2)).max(1);
             let id = self.next_id;
             if ops.add(Events::with_data(client.socket(), id, interest(false))).is_err() {
                 continue;
@@ -219,6 +236,14 @@ impl Relay {
                 match deed {
                     Deed::Call(call) => asked.push(Asked { client: id, call }),
                     Deed::Attach { session, to } => self.attach(id, session, to),
+                    Deed::Watch { session } => {
+                        if let Some(client) = self.clients.get_mut(&id) {
+                            match self.has_network {
+                                true => client.watch(session),
+                                false => client.refuse_session(session, &Refused::NoNetwork),
+                            }
+                        }
+                    }
                     Deed::View { session, kind, payload } => {
                         self.on_view_frame(id, session, kind, &payload, vsock);
                     }
@@ -314,6 +339,18 @@ impl Relay {
     }
 }
 
+/// Listens at `path`, in the place of whoever did before, for the owner alone.
+pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+    Ok(listener)
+}
+
 /// What to be told of a client's socket. Of room only while it is full: whenever the application reads there is more room,
 /// and each time that would be a turn of the event loop for nothing.
 fn interest(for_room: bool) -> EventSet {
@@ -322,6 +359,6 @@ fn interest(for_room: bool) -> EventSet {
 }
 
 /// Whether the other end belongs to the user who runs this process.
-fn is_owner(socket: &UnixStream) -> bool {
+pub(crate) fn is_owner(socket: &UnixStream) -> bool {
     rustix::net::sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
 }

@@ -1,6 +1,8 @@
 //! The sandbox's one authority: a loop that owns the VM, the relay, the agent's connection and the state, and
 //! takes everything that happens one after another, so that races have an order.
 
+mod rules;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,16 +21,21 @@ use crate::control::{Control, Said};
 use crate::ending::{self, Evidence};
 use crate::launch::Launch;
 use crate::machine::{self, Marked};
+use crate::network::Exchange;
+use crate::pipes::{self, Pipes};
 use crate::policy::{self, Due, Policies};
 use crate::relay::{Asked, Relay};
 use crate::signals::{self, Signals, Wish};
 use crate::will::Will;
+
+use rules::NetworkOffice;
 
 /// Event data of the descriptors that are no client's.
 const EXIT: u32 = u32::MAX;
 const LAUNCH: u32 = u32::MAX - 1;
 const SIGNALS: u32 = u32::MAX - 2;
 const CONSOLE: u32 = u32::MAX - 3;
+const NETWORK: u32 = u32::MAX - 4;
 
 /// How long an attached sandbox has to end once its application is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -49,7 +56,9 @@ pub(crate) struct Parts<'a> {
     pub(crate) store: &'a Store,
     pub(crate) will: &'a Will,
     pub(crate) relay: Relay,
+    pub(crate) pipes: Pipes,
     pub(crate) tap: ConsoleTap,
+    pub(crate) exchange: Option<Exchange>,
     pub(crate) vm: Vm,
     pub(crate) events: EventLoop,
     pub(crate) marked: Marked,
@@ -64,7 +73,9 @@ struct Supervisor<'a> {
     store: &'a Store,
     will: &'a Will,
     relay: Relay,
+    pipes: Pipes,
     tap: ConsoleTap,
+    network: Option<NetworkOffice>,
     control: Control,
     vm: Vm,
     vsock: Arc<Mutex<Vsock>>,
@@ -101,20 +112,37 @@ impl MutEventSubscriber for Inbox {
 /// Carries the sandbox from its first instruction to its record in the store.
 pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
     use std::os::fd::AsRawFd;
-    let Parts { spec, launch, store, will, relay, tap, vm, mut events, marked, signals, began } = parts;
+    let Parts {
+        spec,
+        launch,
+        store,
+        will,
+        mut relay,
+        pipes,
+        tap,
+        exchange,
+        vm,
+        mut events,
+        marked,
+        signals,
+        began,
+    } = parts;
     let config = machine::guest_config(spec).map_err(|error| error.to_string())?;
     let vsock = vm.vsock().cloned().ok_or("the VM has no vsock")?;
     let happened = Arc::new(Mutex::new(Vec::new()));
-    let inbox = events.add_subscriber(Box::new(Inbox {
-        sources: vec![
-            (relay.listener().as_raw_fd(), Relay::LISTENER),
-            (vm.exit_event().as_raw_fd(), EXIT),
-            (launch.socket().as_raw_fd(), LAUNCH),
-            (signals.descriptor().as_raw_fd(), SIGNALS),
-            (tap.event().as_raw_fd(), CONSOLE),
-        ],
-        happened: happened.clone(),
-    }));
+    let mut sources = vec![
+        (relay.listener().as_raw_fd(), Relay::LISTENER),
+        (pipes.listener().as_raw_fd(), pipes::LISTENER),
+        (vm.exit_event().as_raw_fd(), EXIT),
+        (launch.socket().as_raw_fd(), LAUNCH),
+        (signals.descriptor().as_raw_fd(), SIGNALS),
+        (tap.event().as_raw_fd(), CONSOLE),
+    ];
+    if let Some(exchange) = &exchange {
+        sources.push((exchange.news().as_raw_fd(), NETWORK));
+        relay.set_network();
+    }
+    let inbox = events.add_subscriber(Box::new(Inbox { sources, happened: happened.clone() }));
     let boot_timeout = Duration::from_millis(spec.boot_timeout_ms);
     let mut supervisor = Supervisor {
         status: Status::Creating,
@@ -129,7 +157,9 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         store,
         will,
         relay,
+        pipes,
         tap,
+        network: exchange.map(NetworkOffice::new),
         vm,
         vsock,
         marked,
@@ -137,6 +167,9 @@ pub(crate) fn run(parts: Parts<'_>) -> Result<(), String> {
         began,
     };
     supervisor.vsock().listen(Port(cubby_protocol::CONTROL_PORT));
+    for port in supervisor.pipes.ports() {
+        supervisor.vsock().listen(port);
+    }
     supervisor.vsock().be_patient();
     supervisor.vm.resume();
     let mut again = false;
@@ -173,6 +206,8 @@ impl Supervisor<'_> {
                 LAUNCH => self.on_launch_closed(&mut ops, &mut vsock),
                 SIGNALS => self.on_signals(&mut vsock),
                 CONSOLE => self.log_console(),
+                NETWORK => self.on_network(),
+                data if Pipes::is_ours(data) => self.pipes.on_socket(event, &mut ops),
                 _ => self.relay.on_socket(event, &mut ops, &mut vsock),
             }
         }
@@ -187,6 +222,9 @@ impl Supervisor<'_> {
                     again = true;
                     break;
                 }
+                VsockEvent::Accepted { id, port } if port != Port(cubby_protocol::CONTROL_PORT) => {
+                    self.pipes.accept(id, port, &mut vsock, &mut ops);
+                }
                 VsockEvent::Accepted { id, .. } => {
                     if let Err(error) = self.control.accept(id, &mut vsock) {
                         self.boot_failed("configuration", &error.to_string());
@@ -197,6 +235,7 @@ impl Supervisor<'_> {
                 VsockEvent::Closed(id, _) if self.control.is(id) => self.on_agent_lost(),
                 VsockEvent::PeerShutdown(id, How::Read) if self.control.is(id) => {}
                 VsockEvent::PeerShutdown(id, _) if self.control.is(id) => self.on_agent_lost(),
+                event if self.pipes.on_stream(event, &mut ops) => {}
                 VsockEvent::Connected(id)
                 | VsockEvent::Readable(id)
                 | VsockEvent::Writable(id)
@@ -206,6 +245,12 @@ impl Supervisor<'_> {
         }
         let mut asked = Vec::new();
         self.relay.turn(&mut vsock, &self.gate(), &mut ops, &mut asked);
+        if self.status != Status::Paused {
+            self.pipes.turn(&mut vsock, &mut ops);
+        }
+        if let Some(network) = &self.network {
+            network.exchange.listen(self.relay.listens());
+        }
         if self.relay.take_use() {
             self.policies.used(Instant::now());
         }
@@ -215,7 +260,8 @@ impl Supervisor<'_> {
             self.on_request(asked);
         }
         self.on_time(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
-        Ok(again || self.relay.is_awake())
+        let pipes = self.status != Status::Paused && self.pipes.is_awake();
+        Ok(again || self.relay.is_awake() || pipes)
     }
 
     fn gate(&self) -> Gate {
@@ -251,7 +297,7 @@ impl Supervisor<'_> {
     fn on_request(&mut self, asked: Asked) {
         let shared = self.vsock.clone();
         let vsock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let answer = match asked.call.request {
+        let answer = match &asked.call.request {
             Request::Status => Ok(Some(Reply::Status(SandboxStatus {
                 state: self.status.to_string(),
                 sessions: u32::try_from(self.relay.sessions()).unwrap_or(u32::MAX),
@@ -260,7 +306,7 @@ impl Supervisor<'_> {
             Request::Touch => Ok(Some(Reply::Done)),
             Request::Sessions => Ok(Some(Reply::Sessions(self.relay.list_sessions()))),
             Request::DetachSession { session } => {
-                Ok(Some(self.relay.detach_session(asked.client, SessionId(session))))
+                Ok(Some(self.relay.detach_session(asked.client, SessionId(*session))))
             }
             Request::Detach => self.apply(Event::Detach).map(|()| {
                 self.attached = false;
@@ -268,6 +314,7 @@ impl Supervisor<'_> {
             }),
             Request::Pause => self.apply(Event::Pause).map(|()| {
                 self.vm.pause();
+                self.on_rules();
                 Some(Reply::Done)
             }),
             Request::Resume => self.apply(Event::Resume).map(|()| {
@@ -279,7 +326,7 @@ impl Supervisor<'_> {
                 self.drain(Event::Drain, ExitReason::Drained, deadline, &mut vsock()).map(|()| None)
             }
             Request::Stop { timeout_ms } => {
-                let timeout = Duration::from_millis(timeout_ms);
+                let timeout = Duration::from_millis(*timeout_ms);
                 self.stop(Event::Stop, ExitReason::Requested, timeout, &mut vsock()).map(|()| None)
             }
             Request::Kill => match self.status.after(Event::Kill) {
@@ -289,6 +336,11 @@ impl Supervisor<'_> {
                 }
                 Err(_) => Ok(Some(Reply::Done)),
             },
+            Request::SetNetwork { policy } => match self.set_network(policy) {
+                Ok(ticket) => return self.await_rules(ticket, asked),
+                Err(refused) => Err(refused),
+            },
+            Request::NetworkCounters => Ok(Some(self.network_counters())),
         };
         match answer.unwrap_or_else(Some) {
             Some(reply) => self.relay.reply(&asked, &reply),
@@ -350,7 +402,7 @@ impl Supervisor<'_> {
         self.policies.stop(reason, Instant::now().checked_add(timeout));
         if was == Status::Creating {
             // There is no agent to ask and nothing to save.
-            self.vm.kill();
+            self.vm.cut_power();
         } else {
             self.control.shut_down(grace(timeout), vsock);
         }
@@ -358,7 +410,7 @@ impl Supervisor<'_> {
 
     fn kill(&mut self) {
         self.policies.end(ExitReason::Killed);
-        self.vm.kill();
+        self.vm.cut_power();
     }
 
     fn on_control(&mut self, vsock: &mut Vsock) {
@@ -385,6 +437,7 @@ impl Supervisor<'_> {
         }
         self.policies.ready(Instant::now());
         self.relay.set_agent_ready(vsock);
+        self.pipes.set_ready();
         self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
     }
 
@@ -408,7 +461,7 @@ impl Supervisor<'_> {
             Some(self.console()),
         );
         self.policies.end(ExitReason::BootFailed { stage: stage.into() });
-        self.vm.kill();
+        self.vm.cut_power();
     }
 
     /// The agent's connection is gone: unless its power-off follows, the sandbox is of no more use.
@@ -478,7 +531,7 @@ impl Supervisor<'_> {
                     }
                 }
                 Due::Stop => self.control.shut_down(grace(policy::STOP), vsock),
-                Due::Kill => self.vm.kill(),
+                Due::Kill => self.vm.cut_power(),
             }
         }
     }

@@ -4,7 +4,7 @@
 //! Frames of the client's own sessions are forwarded as they lie in the device's buffer. Those of detached sessions stay
 //! here, with whoever is attached. The stream outlives its client as long as a detached session runs on it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use cubby_protocol::{
     AGENT_PORT, Header, Hello, Kind, MAX_AGENT_FRAME, Part, Role, Scanner, SessionId, encode_raw,
@@ -70,7 +70,7 @@ pub(crate) struct Upstream {
     /// Frames that the stream did not take whole.
     to_guest: Vec<u8>,
     to_guest_done: usize,
-    sessions: HashMap<SessionId, Session>,
+    sessions: BTreeMap<SessionId, Session>,
     /// How many of them are detached.
     detached: usize,
     scanner: Scanner,
@@ -98,7 +98,7 @@ impl Upstream {
             stream: Stream::None,
             to_guest: Vec::new(),
             to_guest_done: 0,
-            sessions: HashMap::new(),
+            sessions: BTreeMap::new(),
             detached: 0,
             scanner: Scanner::default(),
             frame: None,

@@ -11,14 +11,14 @@ const PROGRAMS: [(&str, u64); 5] = [
     ("print(1 / 0)", 60),
     ("while True: pass", 1),
     ("import os; os.kill(os.getpid(), 9)", 60),
-    ("hoard = [bytearray(1 << 20) for _ in range(1 << 20)]", 60),
+    ("hoard = [bytearray(1 << 20) for _ in range(1 << 20)]", 240),
 ];
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
     let image = std::env::args().nth(1).unwrap_or_else(|| "python:3.12".into());
     let name = format!("run-code-{}", std::process::id());
-    let sandbox = Sandbox::builder(name).image(image).memory(128).ephemeral(true).create().await?;
+    let sandbox = Sandbox::builder(name).image(image).memory(64).ephemeral(true).create().await?;
     for (program, seconds) in PROGRAMS {
         println!("{program}\n    {}", run(&sandbox, program, seconds).await?);
     }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use cubby_image::{PullOptions, Reference};
 use cubby_state::{
-    ImageDefaults, ImageSource, LaunchSpec, Mistake, NetworkPolicy, Port, SandboxConfig, SandboxName,
+    Bandwidth, ImageDefaults, ImageSource, LaunchSpec, Mistake, NetworkPolicy, Port, SandboxConfig,
+    SandboxName, VsockPort,
 };
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -162,6 +163,33 @@ impl SandboxBuilder {
     /// ```
     pub fn network(mut self, policy: NetworkPolicy) -> Self {
         self.config.network = policy;
+        self
+    }
+
+    /// How much the sandbox may send and receive in a second, from 1 Mbit/s to 1 Tbit/s. Default: as much as there is.
+    pub fn bandwidth(mut self, bandwidth: Bandwidth) -> Self {
+        self.config.bandwidth = bandwidth;
+        self
+    }
+
+    /// Lets processes of the guest that connect to this vsock port of the host (CID 2) reach whoever listens at the Unix
+    /// socket `path` of the host then. What the host sees of them is a connection of the user that runs the sandbox. Up to
+    /// 64 ports, of which 1024 to 1039 are the sandbox's own; the other way round is [`Sandbox::connect_vsock`].
+    ///
+    /// A guest's connection is reset if nobody listens there.
+    pub fn vsock_listen(mut self, port: u32, path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        let path = std::path::absolute(&path).unwrap_or(path);
+        self.config.vsock.push(VsockPort { port, path });
+        self
+    }
+
+    /// Keeps a record of all frames of the guest in this file, in pcap's format, as tcpdump and Wireshark read it: 256 MiB
+    /// at most, of the newest run. Frames of the guest's kernel may be up to 64 KiB long, with checksums that were not
+    /// computed. A file that cannot be written fails the create.
+    pub fn capture(mut self, path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        self.config.capture = Some(std::path::absolute(&path).unwrap_or(path));
         self
     }
 

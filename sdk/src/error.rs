@@ -64,6 +64,26 @@ pub enum Error {
         /// What stood in the way, and what to do.
         why: String,
     },
+    /// The sandbox was booted without a network card, which it can get by a boot alone.
+    #[error(
+        "cannot {operation} sandbox {name:?}: it was booted without a network; stop it, set another policy, and start it"
+    )]
+    NoNetwork {
+        /// The sandbox.
+        name: String,
+        /// What was asked for.
+        operation: String,
+    },
+    /// A vsock port of the guest cannot be reached.
+    #[error("cannot connect to vsock port {port} of sandbox {name:?}: {why}")]
+    VsockUnreachable {
+        /// The sandbox.
+        name: String,
+        /// The port.
+        port: u32,
+        /// What stood in the way.
+        why: String,
+    },
     /// The sandbox ended while something was in progress, whose outcome is not known.
     #[error("sandbox {name:?} ended during {operation}: {reason}; Sandbox::start boots it again with its disk", reason = report.reason)]
     Ended {
@@ -373,6 +393,7 @@ impl Error {
             }
             Refused::NoSuchSession { session } => Self::NoSuchSession { name, session },
             Refused::NotDetached { session } => Self::NotDetached { name, session },
+            Refused::NoNetwork => Self::NoNetwork { name, operation: operation.into() },
             Refused::Overrun => Self::Process {
                 name,
                 why: format!("{operation}: the guest sent more than the session's window"),

@@ -59,7 +59,8 @@ impl ExecOptions {
         self
     }
 
-    /// A resource limit by its Linux number (`RLIMIT_NOFILE` is 7); [`u64::MAX`] is unlimited.
+    /// A resource limit by its Linux number (`RLIMIT_NOFILE` is 7); [`u64::MAX`] is unlimited. Without one a command may
+    /// have 1,024 open files, and raise that to 1,048,576 by itself.
     pub fn rlimit(&mut self, resource: u8, soft: u64, hard: u64) -> &mut Self {
         self.open.rlimits.push(Rlimit { resource, soft, hard });
         self

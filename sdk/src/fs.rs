@@ -260,7 +260,8 @@ impl Fs {
     /// Copies a file or a directory of this computer into the guest, to exactly this path; the directory above must be
     /// there. Modes, times, symbolic links and holes are kept, and what is new belongs to root. Directories are merged
     /// with those that are there, files are written over, and links of the guest's that are in the way are followed, as by
-    /// whoever writes there. `host` itself is followed if it is a symbolic link.
+    /// whoever writes there. `host` itself is followed if it is a symbolic link. Hard links become files of their own;
+    /// extended attributes are left out.
     pub async fn copy_in(&self, host: impl AsRef<Path>, guest: impl AsRef<Path>) -> R<Copied> {
         self.copy_in_with(host, guest, |options| options).await
     }
@@ -279,7 +280,8 @@ impl Fs {
 
     /// Copies a file or a directory of the guest to this computer, to exactly this path; the directory above must be
     /// there. Modes but for set-user-id, set-group-id and sticky, times, symbolic links and holes are kept, and all
-    /// belongs to whoever copies. Directories are merged with those that are there.
+    /// belongs to whoever copies. Directories are merged with those that are there. Hard links become files of their own;
+    /// extended attributes are left out.
     ///
     /// Below `host` no symbolic link is followed, whatever the guest does while it is read: files and links that are in
     /// the way are replaced. Where a link of the guest's leads is another matter, for whoever follows it later.

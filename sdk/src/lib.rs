@@ -37,11 +37,13 @@ mod launch;
 mod link;
 mod logs;
 mod metrics;
+mod network_events;
 mod openmetrics;
 mod outbox;
 mod reaper;
 mod sandbox;
 mod sessions;
+mod vsock;
 
 pub use builder::{Progress, PullPolicy, SandboxBuilder};
 pub use error::{Error, EventFault, ExecErrorKind, R};
@@ -55,13 +57,17 @@ pub use images::Image;
 pub use input::ExecInput;
 pub use launch::BootPhase;
 pub use logs::{LogLine, LogOptions, LogSource};
-pub use metrics::{CpuMetrics, DiskMetrics, InterfaceMetrics, MemoryMetrics, Metrics};
+pub use metrics::{
+    CpuMetrics, DiskMetrics, DroppedFrames, InterfaceMetrics, MemoryMetrics, Metrics, NetworkMetrics,
+};
+pub use network_events::{DeniedBy, NetworkEvent, NetworkEventKind, NetworkEventStream, NetworkFlow};
 pub use openmetrics::openmetrics;
 pub use sandbox::{Inspection, Sandbox, SandboxHandle};
 pub use sessions::{SessionEnd, SessionInfo};
+pub use vsock::VsockStream;
 
 pub use cubby_image::Progress as ImageProgress;
 pub use cubby_state::{
-    ExitReason, ExitReport, ImageDefaults, Mistake, NetworkPolicy, Port, SandboxConfig, Status, Transport,
-    network,
+    Bandwidth, ExitReason, ExitReport, ImageDefaults, Mistake, NetworkPolicy, Port, SandboxConfig, Status,
+    Transport, VsockPort, network,
 };

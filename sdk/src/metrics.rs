@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use cubby_protocol::message::{GuestMetrics, MAX_INTERFACES, Reply, Request};
+use cubby_protocol::message::{GuestMetrics, MAX_INTERFACES, NetworkCounters, Reply, Request};
 use cubby_protocol::{Kind, decode};
 
 use crate::error::{Error, R};
@@ -30,6 +30,8 @@ pub struct Metrics {
     pub disk: DiskMetrics,
     /// Network interfaces, loopback included.
     pub network: Vec<InterfaceMetrics>,
+    /// The network by the sandbox process's count; `None` of a sandbox that has none.
+    pub host_network: Option<NetworkMetrics>,
     /// Processes in the guest, its agent included.
     pub processes: u32,
     /// Open sessions of all clients, by the sandbox process's count: commands and subscriptions.
@@ -111,6 +113,106 @@ pub struct InterfaceMetrics {
     pub sent_packets: u64,
 }
 
+/// What went through a sandbox's network card and what became of it, since the sandbox process began and by its own
+/// count, which nobody in the guest can forge.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NetworkMetrics {
+    /// Frames from the guest. One that stands for many segments, of up to 64 KiB, counts as one.
+    pub sent_frames: u64,
+    /// Their bytes, from the Ethernet header on.
+    pub sent_bytes: u64,
+    /// Frames to the guest.
+    pub received_frames: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// The guest's frames that were dropped.
+    pub dropped: DroppedFrames,
+    /// TCP connections that have been opened.
+    pub tcp_opened: u64,
+    /// TCP connections that are held now.
+    pub tcp_open: u64,
+    /// TCP connections that the other side, or the host, refused or could not reach.
+    pub tcp_failed: u64,
+    /// Flows of UDP and echo requests that have been opened.
+    pub udp_opened: u64,
+    /// Flows of UDP and echo requests that are held now.
+    pub udp_open: u64,
+    /// Datagrams that went nowhere: larger than the link or the socket takes, or the socket was full.
+    pub udp_dropped: u64,
+    /// Names that the guest has asked for.
+    pub lookups: u64,
+    /// Connections, flows and names that the policy refused.
+    pub denied: u64,
+    /// Connections, flows and names that a limit refused.
+    pub limited: u64,
+    /// Small frames that the guest did not fetch in time: answers, refusals, datagrams from published ports.
+    pub replies_lost: u64,
+}
+
+/// The guest's frames that went nowhere, by what was wrong with them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DroppedFrames {
+    /// Their virtio header asks for what cannot be, or they are longer than the card takes.
+    pub refused: u64,
+    /// They break the rules of a layer.
+    pub malformed: u64,
+    /// Their checksum is wrong.
+    pub checksum: u64,
+    /// They come from an address, of Ethernet or IP, that is not the guest's.
+    pub spoofed: u64,
+    /// They are parts of packets.
+    pub fragments: u64,
+    /// They are for others, or of protocols that are not spoken.
+    pub ignored: u64,
+}
+
+impl DroppedFrames {
+    /// Each cause with its count.
+    pub fn causes(&self) -> [(&'static str, u64); 6] {
+        let Self { refused, malformed, checksum, spoofed, fragments, ignored } = *self;
+        [
+            ("refused", refused),
+            ("malformed", malformed),
+            ("checksum", checksum),
+            ("spoofed", spoofed),
+            ("fragments", fragments),
+            ("ignored", ignored),
+        ]
+    }
+}
+
+impl From<NetworkCounters> for NetworkMetrics {
+    fn from(counters: NetworkCounters) -> Self {
+        let dropped = counters.dropped;
+        Self {
+            sent_frames: counters.sent_frames,
+            sent_bytes: counters.sent_bytes,
+            received_frames: counters.received_frames,
+            received_bytes: counters.received_bytes,
+            dropped: DroppedFrames {
+                refused: dropped.refused,
+                malformed: dropped.malformed,
+                checksum: dropped.checksum,
+                spoofed: dropped.spoofed,
+                fragments: dropped.fragments,
+                ignored: dropped.ignored,
+            },
+            tcp_opened: counters.tcp_opened,
+            tcp_open: counters.tcp_open,
+            tcp_failed: counters.tcp_failed,
+            udp_opened: counters.udp_opened,
+            udp_open: counters.udp_open,
+            udp_dropped: counters.udp_dropped,
+            lookups: counters.lookups,
+            denied: counters.denied,
+            limited: counters.limited,
+            replies_lost: counters.replies_lost,
+        }
+    }
+}
+
 impl Sandbox {
     /// What it uses now: the guest's word, and what its process takes of the host. One question to the guest, which is
     /// no use of the sandbox: it does not hold the idle time-out. A sandbox that drains answers, one that is paused does
@@ -124,10 +226,16 @@ impl Sandbox {
 async fn measure(link: &Link) -> R<Metrics> {
     const OPERATION: &str = "metrics";
     let connection = link.connection(OPERATION).await?;
-    let (guest, status) = tokio::join!(connection.ask(Kind::Measure, &[]), connection.call(Request::Status));
-    let (guest, status) = match (guest, status) {
-        (Ok(guest), Ok(status)) => (guest, status),
-        (Err(error), _) | (_, Err(error)) => return Err(link.lost(error, OPERATION).await),
+    let (guest, status, network) = tokio::join!(
+        connection.ask(Kind::Measure, &[]),
+        connection.call(Request::Status),
+        connection.call(Request::NetworkCounters),
+    );
+    let (guest, status, network) = match (guest, status, network) {
+        (Ok(guest), Ok(status), Ok(network)) => (guest, status, network),
+        (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => {
+            return Err(link.lost(error, OPERATION).await);
+        }
     };
     let guest = match guest.kind {
         Kind::Measured => decode::<GuestMetrics>(&guest.payload)?,
@@ -143,6 +251,10 @@ async fn measure(link: &Link) -> R<Metrics> {
         allocated: allocated(&link.context.store.home().disk(&link.id)),
         sessions,
         clients,
+        network: match network {
+            Reply::NetworkCounters(counters) => counters.map(|counters| (*counters).into()),
+            _ => None,
+        },
     };
     Ok(put_together(link.name(), guest, &host))
 }
@@ -153,6 +265,7 @@ struct Host {
     allocated: u64,
     sessions: u32,
     clients: u16,
+    network: Option<NetworkMetrics>,
 }
 
 fn put_together(name: &str, guest: GuestMetrics, host: &Host) -> Metrics {
@@ -198,6 +311,7 @@ fn put_together(name: &str, guest: GuestMetrics, host: &Host) -> Metrics {
                 sent_packets: interface.sent_packets,
             })
             .collect(),
+        host_network: host.network,
         processes,
         sessions: host.sessions,
         clients: host.clients,
@@ -225,6 +339,10 @@ pub(crate) mod tests {
 
     use super::*;
 
+    fn host(network: Option<NetworkMetrics>) -> Host {
+        Host { resident: 14, allocated: 15, sessions: 16, clients: 17, network }
+    }
+
     /// Numbers that can be told apart.
     pub(crate) fn example(name: &str) -> Metrics {
         let guest = GuestMetrics {
@@ -246,7 +364,10 @@ pub(crate) mod tests {
             interfaces: vec![GuestInterface { name: "lo".into(), received_bytes: 3, ..Default::default() }],
             processes: 13,
         };
-        put_together(name, guest, &Host { resident: 14, allocated: 15, sessions: 16, clients: 17 })
+        let dropped = DroppedFrames { spoofed: 29, ..DroppedFrames::default() };
+        let network =
+            NetworkMetrics { sent_frames: 18, tcp_open: 22, denied: 27, dropped, ..Default::default() };
+        put_together(name, guest, &host(Some(network)))
     }
 
     #[test]
@@ -263,7 +384,7 @@ pub(crate) mod tests {
         let memory = GuestMemory { total: 1, available: u64::MAX };
         let interfaces = vec![GuestInterface::default(); 1000];
         let guest = GuestMetrics { uptime_ns: u64::MAX, cpu, memory, interfaces, ..Default::default() };
-        let metrics = put_together("x", guest, &Host { resident: 0, allocated: 0, sessions: 0, clients: 0 });
+        let metrics = put_together("x", guest, &host(None));
         assert_eq!((metrics.cpu.usage_ns, metrics.memory.used), (u64::MAX, 0));
         assert_eq!(metrics.network.len(), MAX_INTERFACES);
     }

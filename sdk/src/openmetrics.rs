@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use crate::metrics::{InterfaceMetrics, Metrics};
+use crate::metrics::{InterfaceMetrics, Metrics, NetworkMetrics};
 
 /// One metric family: its name, with its unit as the last word, and what it is.
 struct Family {
@@ -58,6 +58,32 @@ fn each(metrics: &Metrics, value: impl Fn(&InterfaceMetrics) -> u64) -> Vec<Poin
     interfaces.map(point).collect()
 }
 
+/// Of a sandbox without a network there are no points.
+fn counted(metrics: &Metrics, value: impl Fn(&NetworkMetrics) -> u64) -> Vec<Point> {
+    metrics.host_network.iter().flat_map(|network| one(value(network))).collect()
+}
+
+fn labelled<'a>(label: &'static str, values: impl IntoIterator<Item = (&'a str, u64)>) -> Vec<Point> {
+    let point =
+        |(of, value): (&str, u64)| Point { label: Some((label, of.into())), value: Value::Count(value) };
+    values.into_iter().map(point).collect()
+}
+
+fn drops(metrics: &Metrics) -> Vec<Point> {
+    labelled("cause", metrics.host_network.iter().flat_map(|network| network.dropped.causes()))
+}
+
+fn refusals(metrics: &Metrics) -> Vec<Point> {
+    let by = |network: &NetworkMetrics| [("policy", network.denied), ("limit", network.limited)];
+    labelled("by", metrics.host_network.iter().flat_map(by))
+}
+
+fn transports(metrics: &Metrics, values: impl Fn(&NetworkMetrics) -> [u64; 2]) -> Vec<Point> {
+    let each =
+        metrics.host_network.iter().flat_map(|network| ["tcp", "udp"].into_iter().zip(values(network)));
+    labelled("transport", each)
+}
+
 macro_rules! families {
     ($($name:literal $kind:ident $unit:literal $help:literal $points:expr;)*) => {
         &[$(Family {
@@ -86,6 +112,28 @@ const FAMILIES: &[Family] = families! {
     "cubby_network_received_packets" counter "packets" "Received since boot." |m| each(m, |i| i.received_packets);
     "cubby_network_sent_bytes" counter "bytes" "Sent since boot." |m| each(m, |i| i.sent_bytes);
     "cubby_network_sent_packets" counter "packets" "Sent since boot." |m| each(m, |i| i.sent_packets);
+    "cubby_host_network_sent_bytes" counter "bytes" "Frames of the guest, by the host's count."
+        |m| counted(m, |n| n.sent_bytes);
+    "cubby_host_network_sent_frames" counter "frames" "Frames of the guest, by the host's count."
+        |m| counted(m, |n| n.sent_frames);
+    "cubby_host_network_received_bytes" counter "bytes" "Frames to the guest, by the host's count."
+        |m| counted(m, |n| n.received_bytes);
+    "cubby_host_network_received_frames" counter "frames" "Frames to the guest, by the host's count."
+        |m| counted(m, |n| n.received_frames);
+    "cubby_host_network_dropped_frames" counter "frames" "Frames of the guest that were dropped, by what was wrong."
+        drops;
+    "cubby_host_network_opened_connections" counter "connections" "Connections and flows that have been opened."
+        |m| transports(m, |n| [n.tcp_opened, n.udp_opened]);
+    "cubby_host_network_open_connections" gauge "connections" "Connections and flows that are held."
+        |m| transports(m, |n| [n.tcp_open, n.udp_open]);
+    "cubby_host_network_failed_connections" counter "connections" "TCP connections that the other side, or the host, refused."
+        |m| counted(m, |n| n.tcp_failed);
+    "cubby_host_network_dropped_datagrams" counter "datagrams" "Datagrams that went nowhere."
+        |m| counted(m, |n| n.udp_dropped);
+    "cubby_host_network_lookups" counter "" "Names that the guest has asked for." |m| counted(m, |n| n.lookups);
+    "cubby_host_network_denied" counter "" "Connections, flows and names that were refused." refusals;
+    "cubby_host_network_lost_replies" counter "" "Small frames that the guest did not fetch in time."
+        |m| counted(m, |n| n.replies_lost);
     "cubby_processes" gauge "" "Processes in the guest, its agent included." |m| one(m.processes.into());
     "cubby_sessions" gauge "" "Open sessions of all clients." |m| one(m.sessions.into());
     "cubby_clients" gauge "" "Connected clients." |m| one(m.clients.into());

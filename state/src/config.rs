@@ -14,7 +14,10 @@ use std::str::FromStr;
 use cubby_network_policy::{Base, MAX_RULES, NetworkPolicy};
 use serde::{Deserialize, Serialize};
 
+use crate::bandwidth::Bandwidth;
+use crate::home::MAX_SOCKET_PATH;
 use crate::ports::{MAX_PORTS, Port};
+use crate::vsock::{MAX_VSOCK_PORTS, VsockPort};
 
 /// The name of a sandbox: 1 to 128 characters out of `A-Z a-z 0-9 _ . -`, of which the first is a letter or a
 /// digit. It is a file name and needs no quoting in a shell.
@@ -163,6 +166,15 @@ pub struct SandboxConfig {
     /// Who is asked for names on its behalf, four at most. None: whom the host itself asks.
     #[serde(default)]
     pub resolvers: Vec<SocketAddr>,
+    /// How much it may send and receive in a second.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
+    /// The file that gets a record of all its frames: an absolute path.
+    #[serde(default)]
+    pub capture: Option<PathBuf>,
+    /// Vsock ports of the host that lead to Unix sockets, [`MAX_VSOCK_PORTS`] at most; none twice.
+    #[serde(default)]
+    pub vsock: Vec<VsockPort>,
     /// The sandbox process's binary, if the user named one.
     #[serde(default)]
     pub runtime: Option<PathBuf>,
@@ -222,6 +234,7 @@ const MAX_STRING: usize = 128 << 10;
 /// The most bytes of environment, and of labels.
 const MAX_TOTAL: usize = 1 << 20;
 
+const NO_NETWORK: &str = "left away where the network is none";
 const TEXT: &str = "1 to 4095 bytes without NUL";
 const ABSOLUTE: &str = "an absolute path of at most 4095 bytes without NUL";
 
@@ -249,6 +262,9 @@ impl SandboxConfig {
             ports: Vec::new(),
             network: NetworkPolicy::default(),
             resolvers: Vec::new(),
+            bandwidth: Bandwidth::default(),
+            capture: None,
+            vsock: Vec::new(),
             runtime: None,
         }
     }
@@ -318,7 +334,7 @@ impl SandboxConfig {
             found.check("port", port, port.guest != 0, "1 to 65535 in the guest");
             let twice = self.ports.iter().take(i).any(|earlier| earlier.collides(port));
             found.check("port", port, !twice, "a port of the host that no other line uses");
-            found.check("port", port, self.has_network(), "left away where the network is none");
+            found.check("port", port, self.has_network(), NO_NETWORK);
         }
         let count = self.ports.len();
         found.check(
@@ -339,6 +355,30 @@ impl SandboxConfig {
             resolvers <= 4,
             "there 4 times at most",
         );
+        let Bandwidth { upload, download } = self.bandwidth;
+        for bits in [upload, download].into_iter().flatten() {
+            let right = (Bandwidth::LEAST..=Bandwidth::MOST).contains(&bits);
+            found.check("bandwidth", &bits, right, "1000000 to 1000000000000 bit/s");
+        }
+        if let Some(capture) = &self.capture {
+            let right = capture.is_absolute() && capture.to_str().is_some_and(is_text);
+            found.check("capture", &capture.display(), right, ABSOLUTE);
+            found.check("capture", &capture.display(), self.has_network(), NO_NETWORK);
+        }
+        for (i, VsockPort { port, path }) in self.vsock.iter().enumerate() {
+            let allowed = "1 to 4294967294, but not 1024 to 1039, which are the sandbox's own";
+            let right = (1..u32::MAX).contains(port) && !(1024..=1039).contains(port);
+            found.check("vsock port", port, right, allowed);
+            let twice = self.vsock.iter().take(i).any(|earlier| earlier.port == *port);
+            found.check("vsock port", port, !twice, "a port that leads nowhere else");
+            let right = path.is_absolute()
+                && path.to_str().is_some_and(|path| is_text(path) && path.len() <= MAX_SOCKET_PATH);
+            let allowed = "an absolute path of at most 107 bytes without NUL";
+            found.check("vsock path", &path.display(), right, allowed);
+        }
+        let count = self.vsock.len();
+        let given = format_args!("there {count} times");
+        found.check("vsock port", &given, count <= MAX_VSOCK_PORTS, "there 64 times at most");
         if let Some(runtime) = &self.runtime {
             found.check("runtime", &runtime.display(), runtime.to_str().is_some_and(is_text), TEXT);
         }
@@ -510,6 +550,38 @@ mod tests {
         config.ports.push(Port::new(0, 80));
         config.resolvers = vec![([127, 0, 0, 1], 53).into(); 5];
         assert_eq!(config.validate().unwrap_err().0.len(), 3);
+    }
+
+    #[test]
+    fn what_a_network_may_carry_and_where_vsock_ports_lead_has_limits() {
+        let mut config = SandboxConfig::new("python:3.12");
+        config.bandwidth = Bandwidth { upload: Some(Bandwidth::LEAST), download: Some(Bandwidth::MOST) };
+        config.capture = Some("/tmp/x.pcap".into());
+        let port = |port, path: String| VsockPort { port, path: path.into() };
+        let longest = format!("/{}", "x".repeat(MAX_SOCKET_PATH - 1));
+        let ports = (0..64).map(|n| port(if n == 0 { u32::MAX - 1 } else { 1039 + n }, longest.clone()));
+        config.vsock = ports.collect();
+        config.validate().unwrap();
+
+        let fields = |config: &SandboxConfig| -> Vec<&'static str> {
+            config.validate().unwrap_err().0.iter().map(|mistake| mistake.field).collect()
+        };
+        config.vsock.push(port(1, longest.clone()));
+        assert_eq!(fields(&config), ["vsock port"], "there are 65");
+        let wrong = [port(0, longest.clone()), port(1024, longest.clone()), port(1039, longest.clone())];
+        config.vsock = wrong.into();
+        config.vsock.extend([port(u32::MAX, longest.clone()), port(7, "x".into()), port(7, longest + "y")]);
+        let ports = ["vsock port", "vsock port", "vsock port", "vsock port"];
+        assert_eq!(fields(&config), [&ports[..], &["vsock path", "vsock port", "vsock path"]].concat());
+        config.vsock.clear();
+        config.bandwidth =
+            Bandwidth { upload: Some(Bandwidth::LEAST - 1), download: Some(Bandwidth::MOST + 1) };
+        config.capture = Some("x.pcap".into());
+        assert_eq!(fields(&config), ["bandwidth", "bandwidth", "capture"]);
+        config.bandwidth = Bandwidth::default();
+        config.capture = Some("/tmp/x.pcap".into());
+        config.network = NetworkPolicy::none();
+        assert_eq!(fields(&config), ["capture"], "nothing to capture");
     }
 
     #[test]

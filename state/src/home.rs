@@ -209,6 +209,12 @@ impl Home {
         self.run().join(format!("{hash:016x}.sock"))
     }
 
+    /// The socket of a sandbox at which its guest's vsock ports can be reached; its path is as long as the other's.
+    #[must_use]
+    pub fn port_socket(&self, name: &SandboxName) -> PathBuf {
+        self.socket(name).with_extension("port")
+    }
+
     /// The file whose lock makes its holder the one reaper of this home.
     #[must_use]
     pub fn reaper_lock(&self) -> PathBuf {

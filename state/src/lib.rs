@@ -12,6 +12,7 @@
 //! machines, and never removes anything that it did not create.
 #![forbid(unsafe_code)]
 
+pub mod bandwidth;
 pub mod config;
 pub mod exit;
 pub mod home;
@@ -21,7 +22,9 @@ pub mod log;
 pub mod machine;
 pub mod ports;
 pub mod store;
+pub mod vsock;
 
+pub use bandwidth::Bandwidth;
 pub use config::{ImageDefaults, ImageSource, InvalidConfig, Mistake, SandboxConfig, SandboxName};
 pub use cubby_network_policy::{self as network, NetworkPolicy};
 pub use exit::{Death, ExitReason, ExitReport};
@@ -31,3 +34,4 @@ pub use liveness::{LockError, ProcessIdentity, RunLock};
 pub use machine::{Event, Next, Refused, Status};
 pub use ports::{Port, Transport};
 pub use store::{ReaperLease, Record, Run, RunId, Store, StoreError, Summary};
+pub use vsock::VsockPort;

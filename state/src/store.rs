@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use cubby_network_policy::NetworkPolicy;
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
 
@@ -217,6 +218,33 @@ impl Store {
         })
     }
 
+    /// Says whom the sandbox of `run` may talk to from now on, and in later runs.
+    ///
+    /// # Errors
+    /// [`StoreError::RunOver`] if the run has ended.
+    pub fn set_network(&self, run: RunId, policy: &NetworkPolicy) -> Result<(), StoreError> {
+        self.write(|tx| write_network(tx, sql::current(tx, run)?, policy))
+    }
+
+    /// Says whom a sandbox that has ended may talk to in later runs. `false`: it lives, and its process is to be asked.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub fn set_network_of_ended(
+        &self,
+        name: &SandboxName,
+        policy: &NetworkPolicy,
+    ) -> Result<bool, StoreError> {
+        self.write(|tx| {
+            let row = self.settled(tx, name)?;
+            let ended = !row.record.status.is_live();
+            if ended {
+                write_network(tx, row, policy)?;
+            }
+            Ok(ended)
+        })
+    }
+
     /// Moves the sandbox of `run` from `expected` by `event`, and returns its new status.
     ///
     /// # Errors
@@ -399,11 +427,13 @@ impl Store {
             let row = self.settled(tx, name)?;
             next(&row.record, Event::Remove)?;
             sql::delete(tx, row.id)?;
-            match fs::remove_file(self.home.socket(name)) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(self.io(self.home.socket(name), source));
+            for socket in [self.home.socket(name), self.home.port_socket(name)] {
+                match fs::remove_file(&socket) {
+                    Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                        return Err(self.io(socket, source));
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
             self.set_aside(name, &format!(".removed-{}", row.id))
         })?;
@@ -471,7 +501,9 @@ impl Store {
         sql::end_run(tx, run.id, sql::to_ms(report.at), &json)?;
         sql::set_status(tx, row.id, status, sql::to_ms(SystemTime::now()))?;
         // One that stays does no harm: the next run binds its own in its place.
-        let _ = fs::remove_file(self.home.socket(name));
+        for socket in [self.home.socket(name), self.home.port_socket(name)] {
+            let _ = fs::remove_file(socket);
+        }
         Ok(status)
     }
 
@@ -560,6 +592,13 @@ fn next(record: &Record, event: Event) -> Result<Status, StoreError> {
         Ok(Next::Gone) => Ok(record.status),
         Err(refused) => Err(StoreError::Refused { name: record.name.clone(), refused }),
     }
+}
+
+fn write_network(tx: &Transaction<'_>, row: sql::Row, policy: &NetworkPolicy) -> Result<(), StoreError> {
+    let Record { name, config, .. } = row.record;
+    let config = SandboxConfig { network: policy.clone(), ..config };
+    let json = serde_json::to_string(&config).map_err(|source| self::row(&name, source))?;
+    sql::set_config(tx, row.id, &json)
 }
 
 fn row(name: &SandboxName, source: serde_json::Error) -> StoreError {

@@ -91,6 +91,8 @@ fn a_round_records_crashes_and_removes_stale_sockets_and_nothing_else() {
     // As of a sandbox that was removed while somebody bound its socket, and of one that has stopped.
     drop(UnixListener::bind(home.socket(&"removed".parse().unwrap())).unwrap());
     drop(UnixListener::bind(home.socket(&stopped.name)).unwrap());
+    drop(UnixListener::bind(home.port_socket(&stopped.name)).unwrap());
+    drop(UnixListener::bind(home.port_socket(&alive.name)).unwrap());
     fs::create_dir(home.sandboxes().join(".removed-4711")).unwrap();
     fs::create_dir(home.sandboxes().join(".orphan-4712")).unwrap();
     // One that was being created, and what another store knew.
@@ -111,7 +113,8 @@ fn a_round_records_crashes_and_removes_stale_sockets_and_nothing_else() {
     let socket = home.socket(&alive.name).file_name().unwrap().to_str().unwrap().to_owned();
     let mut left = names(home.run());
     left.sort();
-    let mut expected = vec![socket, "other".into(), "reaper.lock".into()];
+    let port = socket.replace(".sock", ".port");
+    let mut expected = vec![port, socket, "other".into(), "reaper.lock".into()];
     expected.sort();
     assert_eq!(left, expected);
     let mut left = names(home.sandboxes());

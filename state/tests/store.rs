@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use cubby_state::network::{NetworkPolicy, Rule};
 use cubby_state::{
     Event, ExitReason, ExitReport, Home, Port, ProcessIdentity, Record, RunLock, SandboxConfig, SandboxName,
     Status, Store, StoreError,
@@ -42,6 +43,28 @@ fn running(store: &Store, text: &str) -> (Record, RunLock) {
 fn forget_launchers(home: &Home) {
     let connection = Connection::open(home.database()).unwrap();
     connection.execute("UPDATE runs SET launcher_start = launcher_start + 1", []).unwrap();
+}
+
+#[test]
+fn a_policy_is_replaced_by_the_run_that_lives_or_by_whoever_finds_none() {
+    let (_dir, home) = home();
+    let store = Store::open(&home).unwrap();
+    let (record, lock) = running(&store, "worker");
+    let (run, name) = (record.run.id, &record.name);
+    let rules = NetworkPolicy::none().rule(Rule::allow().ports(443));
+    store.set_network(run, &rules).unwrap();
+    // Nothing else has changed.
+    let expected = SandboxConfig { network: rules.clone(), ..config() };
+    assert_eq!(store.get(name).unwrap().config, expected);
+    assert!(!store.set_network_of_ended(name, &NetworkPolicy::all()).unwrap(), "it lives");
+    assert_eq!(store.get(name).unwrap().config, expected);
+    store.finish(run, &ExitReport::now(ExitReason::Killed)).unwrap();
+    drop(lock);
+    assert!(matches!(store.set_network(run, &rules), Err(StoreError::RunOver { .. })));
+    assert!(store.set_network_of_ended(name, &NetworkPolicy::all()).unwrap());
+    assert_eq!(store.begin_run(name).unwrap().config.network, NetworkPolicy::all());
+    let nobody = store.set_network_of_ended(&"nobody".parse().unwrap(), &rules);
+    assert!(matches!(nobody, Err(StoreError::NotFound { .. })));
 }
 
 #[test]

@@ -110,6 +110,19 @@ pub fn store() -> Store {
     Store::open(&Home::from_env().unwrap()).unwrap()
 }
 
+/// A home in `directory` that shares the images of the others.
+pub async fn own_home(directory: &Path) -> Home {
+    let ours = store().home().clone();
+    let images = cubby_image::Store::open(ours.images()).unwrap();
+    let options = cubby_image::PullOptions::default();
+    images.resolve(&image().parse().unwrap(), cubby_image::PullPolicy::IfMissing, &options).await.unwrap();
+    let home = Home::at(directory.join("home")).unwrap();
+    home.create().unwrap();
+    fs::remove_dir(home.images()).unwrap();
+    std::os::unix::fs::symlink(ours.images(), home.images()).unwrap();
+    home
+}
+
 /// The process behind a sandbox.
 pub fn process(name: &str) -> ProcessIdentity {
     let record = store().get(&name.parse().unwrap()).unwrap();

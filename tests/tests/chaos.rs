@@ -5,12 +5,12 @@
 //! `CUBBY_CHAOS_SEED` what chance begins with.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cubby_state::{Home, Record, Status, Store, liveness};
 use cubby_tests::random::Random;
-use cubby_tests::{Client, kill, name, until, within};
+use cubby_tests::{Client, kill, name, own_home, until, within};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -26,20 +26,6 @@ const PATIENCE: Duration = Duration::from_secs(180);
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
-}
-
-/// A home of its own that shares the images of the others.
-async fn home(directory: &Path) -> Home {
-    let ours = cubby_tests::store().home().clone();
-    let images = cubby_image::Store::open(ours.images()).unwrap();
-    let options = cubby_image::PullOptions::default();
-    let image = cubby_tests::image().parse().unwrap();
-    images.resolve(&image, cubby_image::PullPolicy::IfMissing, &options).await.unwrap();
-    let home = Home::at(directory.join("home")).unwrap();
-    home.create().unwrap();
-    std::fs::remove_dir(home.images()).unwrap();
-    std::os::unix::fs::symlink(ours.images(), home.images()).unwrap();
-    home
 }
 
 fn client(home: &Home, arguments: &[&str]) -> Client {
@@ -91,6 +77,29 @@ fn is_true(home: &Home, record: &Record, holders: &[(u32, PathBuf)]) -> bool {
     }
 }
 
+/// What speaks for or against a row: what its processes do, thread by thread, and what they have said.
+fn evidence(home: &Home, record: &Record) -> String {
+    let directory = home.sandbox(&record.name);
+    let mut text = format!("{record:?}\n");
+    for process in std::fs::read_dir("/proc").unwrap().flatten() {
+        let path = process.path();
+        let holds = |fd: &std::fs::DirEntry| {
+            std::fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(&directory))
+        };
+        if !std::fs::read_dir(path.join("fd")).into_iter().flatten().flatten().any(|fd| holds(&fd)) {
+            continue;
+        }
+        for thread in std::fs::read_dir(path.join("task")).into_iter().flatten().flatten() {
+            let read = |file| std::fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+            let (status, place, call) = (read("status"), read("wchan"), read("syscall"));
+            let lines: Vec<_> = status.lines().take(3).collect();
+            text += &format!("{}: {lines:?} in {place:?}, {call:?}\n", thread.path().display());
+        }
+    }
+    let log = directory.join("process.log");
+    text + &std::fs::read_to_string(log).unwrap_or_default()
+}
+
 /// One client after another, until `count` sandboxes were begun. Every line is sent on.
 async fn carry(
     home: Home,
@@ -129,7 +138,7 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
     let (count, seed) = (number("CUBBY_CHAOS", 40), number("CUBBY_CHAOS_SEED", 20_261_123));
     println!("{}: CUBBY_CHAOS={count} CUBBY_CHAOS_SEED={seed}", name("chaos"));
     let directory = tempfile::tempdir().unwrap();
-    let home = home(directory.path()).await;
+    let home = own_home(directory.path()).await;
     let store = Store::open(&home).unwrap();
     let mut random = Random(seed);
     let (sender, mut created) = mpsc::unbounded_channel();
@@ -195,14 +204,12 @@ async fn whatever_happens_the_store_tells_the_truth_and_nothing_is_left() {
         let holders = holders(&home);
         let rows = store.list().unwrap();
         let records = rows.iter().filter_map(|row| store.get(&row.name).ok());
-        let lies: Vec<_> = records
-            .filter(|record| !is_true(&home, record, &holders))
-            .map(|record| format!("{record:?}"))
-            .collect();
+        let lies: Vec<_> = records.filter(|record| !is_true(&home, record, &holders)).collect();
         if lies.is_empty() {
             break;
         }
-        assert!(begin.elapsed() < PATIENCE, "{}", lies.join("\n"));
+        let evidence = || lies.iter().map(|record| evidence(&home, record)).collect::<String>();
+        assert!(begin.elapsed() < PATIENCE, "{}", evidence());
         // No event tells.
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

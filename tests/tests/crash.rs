@@ -9,12 +9,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cubby_state::ProcessIdentity;
+use cubby_state::{ProcessIdentity, Store};
 use cubby_tests::{
-    Client, builder, discard, freeze, gone, keeper, kill, name, process, sandbox, shell, store, until,
-    variable, within,
+    Client, builder, discard, freeze, gone, keeper, kill, name, own_home, process, sandbox, shell, store,
+    until, variable, within,
 };
 use cubbyhole::{Error, ExitReason, ExitReport, Sandbox, Status};
+use rusqlite::Connection;
 use rustix::process::Signal;
 
 use crate::CLIENT;
@@ -129,6 +130,43 @@ async fn a_sandbox_whose_keeper_is_killed_goes_on_and_ends_with_its_application(
     let again = within("start", Sandbox::start(&name)).await.unwrap();
     assert_eq!(shell(&again, "cat /root/note").await, "kept\n");
     discard(again).await;
+}
+
+/// What a thread waits in: the number of the system call, or nothing if it runs.
+fn waits_in(pid: u32, thread: &str) -> Option<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let named =
+        |task: &PathBuf| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == thread);
+    let task = tasks.flatten().map(|task| task.path()).find(named)?;
+    fs::read_to_string(task.join("syscall")).ok()?.split(' ').next()?.parse().ok()
+}
+
+/// The guest waits for its devices while the end of its boot is written, which takes as long as the disk does.
+#[tokio::test]
+async fn an_application_that_dies_during_a_boot_takes_the_guest_with_it_wherever_that_is() {
+    const FUTEX: u32 = 202;
+    const CLOCK_NANOSLEEP: u32 = 230;
+    let (directory, name) = (tempfile::tempdir().unwrap(), name("unborn"));
+    let home = own_home(directory.path()).await;
+    let store = Store::open(&home).unwrap();
+    let variable = format!("CUBBY_HOME={}", home.root().display());
+    let mut application = Client::start(&["env", &variable, CLIENT, "attached", &name]);
+    let row = || store.get(&name.parse().unwrap()).ok();
+    let process = || row().and_then(|row| row.run.process);
+    until("the process", async || process().is_some()).await;
+    let process = process().unwrap();
+    let slow = Connection::open(home.database()).unwrap();
+    slow.execute_batch("BEGIN IMMEDIATE").unwrap();
+    application.kill().await;
+    until("a guest that waits for one that writes", async || {
+        waits_in(process.pid, "cubby-sandbox") == Some(CLOCK_NANOSLEEP)
+            && waits_in(process.pid, "vcpu0") == Some(FUTEX)
+    })
+    .await;
+    slow.execute_batch("ROLLBACK").unwrap();
+    gone(&process).await;
+    assert_eq!(row().unwrap().run.exit.map(|exit| exit.reason), Some(ExitReason::Requested));
+    assert_eq!(row().unwrap().status, Status::Stopped);
 }
 
 #[tokio::test]

@@ -99,6 +99,8 @@ async fn limits_are_the_commands_own_and_too_many_processes_are_told_from_all_el
         options.args(["-c", "ulimit -S -n; ulimit -H -n"]).rlimit(NOFILE, 100, 200)
     });
     assert_eq!(within("exec", limited).await.unwrap().stdout().unwrap(), "100\n200\n");
+    let usual = sandbox.exec("sh", ["-c", "ulimit -S -n; ulimit -H -n; ulimit -S -n 4096; ulimit -S -n"]);
+    assert_eq!(usual.await.unwrap().stdout().unwrap(), "1024\n1048576\n4096\n");
     for (resource, soft, hard, subject) in [(99, 1, 1, "rlimit 99"), (NOFILE, 2, 1, "rlimit 7")] {
         let refused = sandbox.exec_with("true", |options| options.rlimit(resource, soft, hard));
         match within("exec", refused).await {

@@ -28,6 +28,7 @@ macro_rules! pages {
 pages! {
     the_first_sandbox: "first-sandbox.md",
     commands: "commands.md",
+    sessions_and_logs: "sessions.md",
     files: "files.md",
     events: "events.md",
     network: "network.md",
@@ -169,6 +170,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("network", env!("CARGO_BIN_EXE_cubby-example-network")),
     ("pool", env!("CARGO_BIN_EXE_cubby-example-pool")),
     ("run_code", env!("CARGO_BIN_EXE_cubby-example-run_code")),
+    ("sessions", env!("CARGO_BIN_EXE_cubby-example-sessions")),
 ];
 
 async fn run_page(name: &str) {

@@ -150,3 +150,43 @@ async fn bash_controls_its_jobs() {
     terminal.type_in("kill %2; wait; exit 3\n");
     assert_eq!(terminal.end().await, Some(3));
 }
+
+#[tokio::test]
+async fn stats_renew_their_screen_and_leave_nothing_of_what_is_gone() {
+    let sandboxes = [cubby_tests::sandbox("stats-one").await, cubby_tests::sandbox("stats-two").await];
+    let [one, two] = sandboxes.each_ref().map(|sandbox| sandbox.name().to_owned());
+    let mut terminal = Terminal::cubby(&["stats"], 60, 200);
+    let before = flags(&terminal.modes());
+    // What was there is written over.
+    terminal.watch("both of them", |screen| {
+        screen.rows(0, 200).next().is_some_and(|line| line.starts_with("NAME ") && line.contains(" PIDS"))
+            && [&one, &two].iter().all(|name| {
+                shown_of(screen, name).is_some_and(|line| line.contains('%') && line.contains(" / "))
+            })
+    });
+    let processes = |screen: &vt100::Screen| -> Option<u32> {
+        shown_of(screen, &one)?.split_whitespace().last()?.parse().ok()
+    };
+    let mut sleep =
+        cubby_tests::within("start", sandboxes[0].shell_stream("sleep 86431 & sleep 86432")).await;
+    terminal.watch("new processes", {
+        let first = std::cell::OnceCell::new();
+        move |screen| processes(screen).is_some_and(|now| now > *first.get_or_init(|| now))
+    });
+    drop(sleep.as_mut().unwrap().signal(9).await);
+    for sandbox in sandboxes {
+        cubby_tests::discard(sandbox).await;
+    }
+    // Those that other tests have may come and go; each has one line, and nothing is below the last.
+    terminal.watch("shorter table", |screen| {
+        let text = screen.contents();
+        let names: Vec<&str> = text.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        let each: std::collections::BTreeSet<&&str> = names.iter().collect();
+        names.first() == Some(&"NAME")
+            && each.len() == names.len()
+            && !names.iter().any(|name| [one.as_str(), two.as_str()].contains(name))
+    });
+    terminal.type_in("\x03");
+    until("the end", async || !terminal.runs()).await;
+    assert_eq!(flags(&terminal.modes()), before);
+}

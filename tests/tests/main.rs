@@ -26,11 +26,14 @@ mod logs;
 mod many;
 mod metrics;
 mod network;
+mod network_live;
+mod ordinary_user;
 mod processes;
 mod seed;
 mod sessions;
 mod terminal;
 mod tidy;
+mod vsock_ports;
 
 /// The other program (`src/bin/client/main.rs`).
 const CLIENT: &str = env!("CARGO_BIN_EXE_cubby-test-client");

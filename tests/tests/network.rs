@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 const QUIET: Duration = Duration::from_millis(500);
 
 /// What every script begins with.
-const PRELUDE: &str = r#"
+pub(super) const PRELUDE: &str = r#"
 import errno, os, socket, sys, time
 HOST = 'host.cubbyhole.internal'
 def refused(kind, address, port):

@@ -109,23 +109,25 @@ impl Vcpu {
         }
     }
 
-    /// `Some(None)` when parked again, `None` when the channel was closed.
+    /// `Some(None)` when parked again, `None` when the channel was closed. It looks at the commands before it enters: a
+    /// kick may have come when this thread had no [`sys::KickTarget`] yet.
     fn run_until_parked(&mut self) -> Option<Option<Exit>> {
         loop {
-            match self.enter() {
-                Next::Enter => {}
-                Next::Interrupted => {
-                    self.fd.set_kvm_immediate_exit(0);
-                    match self.commands.try_recv() {
-                        Ok(Command::Park(parked)) => {
-                            drop(parked);
-                            return Some(None);
-                        }
-                        Ok(Command::Run { .. }) | Err(TryRecvError::Empty) => {}
-                        Err(TryRecvError::Disconnected) => return None,
-                    }
+            self.fd.set_kvm_immediate_exit(0);
+            match self.commands.try_recv() {
+                Ok(Command::Park(parked)) => {
+                    drop(parked);
+                    return Some(None);
                 }
-                Next::End(exit) => return Some(Some(exit)),
+                Ok(Command::Run { .. }) | Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return None,
+            }
+            loop {
+                match self.enter() {
+                    Next::Enter => {}
+                    Next::Interrupted => break,
+                    Next::End(exit) => return Some(Some(exit)),
+                }
             }
         }
     }

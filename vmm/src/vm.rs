@@ -159,9 +159,16 @@ impl Vm {
         self.exit.event()
     }
 
-    /// Ends the VM as if its power were cut, unless it has ended already, and waits for its threads.
-    pub fn kill(&mut self) {
+    /// Ends the VM as if its power were cut, unless it has ended already, and waits for nothing: what the guest still
+    /// does until [`Vm::kill`] is nobody's any more.
+    pub fn cut_power(&self) {
         self.exit.set(Exit::Killed);
+    }
+
+    /// As [`Vm::cut_power`], and waits for its threads. One of them may be waiting for a device: whoever holds the lock
+    /// of one, as that of [`Vm::vsock`], would wait for ever.
+    pub fn kill(&mut self) {
+        self.cut_power();
         for vcpu in self.vcpus.drain(..) {
             vcpu.end();
         }

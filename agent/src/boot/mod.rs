@@ -24,7 +24,7 @@ use crate::power;
 use crate::server::{Peers, Server};
 use crate::sys::VsockAddr;
 
-/// Open files that the agent and, unless they say otherwise, its commands may have.
+/// Open files that the agent may have, and that its commands may say that they want.
 const OPEN_FILES: u64 = 1 << 20;
 
 /// `VMADDR_CID_ANY` (vsock(7)).

@@ -3,6 +3,8 @@
 //! What a command finds is what `docker exec` gives it: the guest's environment with the command's own over it,
 //! `PATH`, `HOME`, `HOSTNAME` and (with a terminal) `TERM` filled in where missing. Lookup in `PATH` happens in
 //! the child, after it went to its directory and became its user, so that it sees what the command would see.
+//! Unless it says otherwise it may have 1,024 open files and raise that itself, as commands of systemd and docker may:
+//! there are programs that close every number that they could have, and others whose `select` has room for no more.
 
 pub mod accounts;
 
@@ -13,11 +15,18 @@ use cubby_protocol::message::{ExecFailed, ExecFailure, GuestConfig, Open, TtySiz
 use rustix::fs::{Mode, OFlags, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Resource, getrlimit};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use self::accounts::Accounts;
 use crate::sys::{Credentials, Launcher, Plan, Step};
+
+/// `RLIMIT_NOFILE`.
+const NOFILE: u8 = 7;
+
+/// Open files that a command may have until it says otherwise; how many it may say is what the agent may have.
+const OPEN_FILES: u64 = 1 << 10;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -53,13 +62,17 @@ pub struct Spawner {
     accounts: Accounts,
     launcher: Launcher,
     null: OwnedFd,
+    /// Soft and hard.
+    open_files: (u64, u64),
 }
 
 impl Spawner {
     /// A spawner for a guest that was set up with `config`.
     pub fn new(config: GuestConfig) -> Result<Self, Errno> {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { config, accounts: Accounts::default(), launcher: Launcher::default(), null })
+        let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        let open_files = (hard.min(OPEN_FILES), hard);
+        Ok(Self { config, accounts: Accounts::default(), launcher: Launcher::default(), null, open_files })
     }
 
     /// Starts the command, or says which step failed.
@@ -84,7 +97,7 @@ impl Spawner {
             env: strings(env.into_iter())?,
             cwd: if cwd.is_empty() || cwd == "/" { None } else { Some(string(cwd.to_owned())?) },
             credentials: Some(account.credentials).filter(|who| *who != Credentials::default()),
-            rlimits: open.rlimits.iter().map(|limit| (limit.resource, limit.soft, limit.hard)).collect(),
+            rlimits: self.rlimits(open),
             stdio,
             tty: open.tty.is_some(),
         };
@@ -92,6 +105,14 @@ impl Spawner {
             Ok(pid) => Ok(Child { pid, streams }),
             Err((step, errno)) => Err(explain(step, errno, open, user, cwd)),
         }
+    }
+
+    /// The command's own, at their places, and then what it does not say.
+    fn rlimits(&self, open: &Open) -> Vec<(u8, u64, u64)> {
+        let (soft, hard) = self.open_files;
+        let own = open.rlimits.iter().map(|limit| (limit.resource, limit.soft, limit.hard));
+        let default = open.rlimits.iter().all(|limit| limit.resource != NOFILE);
+        own.chain(default.then_some((NOFILE, soft, hard))).collect()
     }
 }
 

@@ -40,6 +40,19 @@ fn environment_directory_and_limits_are_the_commands() {
 }
 
 #[test]
+fn a_command_has_1024_open_files_until_it_says_otherwise() {
+    let hard = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap();
+    let agent = Agent::start();
+    let other = Rlimit { resource: 4, soft: 0, hard: 0 };
+    let open = Open {
+        rlimits: vec![other],
+        ..shell("ulimit -Sn; ulimit -Hn; ulimit -c; ulimit -Sn 2048 && ulimit -Sn")
+    };
+    assert!(hard > 2048, "too few for this test");
+    assert_eq!(agent.connect().run(&open).text(), format!("1024\n{hard}\n0\n2048\n"));
+}
+
+#[test]
 fn a_command_starts_with_default_signals_and_no_foreign_descriptors() {
     let agent = Agent::start();
     let outcome =

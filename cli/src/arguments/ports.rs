@@ -1,27 +1,34 @@
 //! Published ports, networks and resolvers on the command line, as docker writes them.
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
 
-use clap::ValueEnum;
 use cubbyhole::{NetworkPolicy, Port};
 
-/// Whom a sandbox may talk to, in a word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Network {
-    /// Nobody: it has no network card
-    None,
-    /// Public addresses, and neither this computer nor private networks
-    Public,
-    /// Everybody whom this computer reaches, and itself
-    All,
-}
+/// The longest file with rules.
+const MAX_FILE: u64 = 1 << 20;
 
-impl From<Network> for NetworkPolicy {
-    fn from(network: Network) -> Self {
-        match network {
-            Network::None => NetworkPolicy::none(),
-            Network::Public => NetworkPolicy::public(),
-            Network::All => NetworkPolicy::all(),
+/// Whom a sandbox may talk to: `none`, `public`, `all`, or `@FILE` with a policy as JSON, `@-` for standard input.
+pub fn network(text: &str) -> Result<NetworkPolicy, String> {
+    match text {
+        "none" => Ok(NetworkPolicy::none()),
+        "public" => Ok(NetworkPolicy::public()),
+        "all" => Ok(NetworkPolicy::all()),
+        _ => {
+            let file = text.strip_prefix('@').ok_or("it is one of none, public, all, or @FILE with rules")?;
+            let read = |from: &mut dyn Read| {
+                let mut json = String::new();
+                from.take(MAX_FILE).read_to_string(&mut json).map(|_| json)
+            };
+            let json = match file {
+                "-" => read(&mut io::stdin()),
+                file => File::open(file).and_then(|mut file| read(&mut file)),
+            };
+            let json = json.map_err(|error| format!("{file}: {error}"))?;
+            serde_json::from_str(&json).map_err(|error| {
+                format!("{file} has no rules: {error}; write {{\"base\": \"none\", \"rules\": [{{\"action\": \"allow\", ..}}]}}")
+            })
         }
     }
 }
@@ -75,6 +82,28 @@ mod tests {
         for wrong in ["", "x", "80:x", "65536:80", "8080:80/sctp", "host:8080:80", "80-81:80", "-1:80"] {
             assert!(publish(wrong).unwrap_err().contains("HOST:GUEST"), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_network_is_a_word_or_a_file_of_rules() {
+        assert_eq!(network("public").unwrap(), NetworkPolicy::public());
+        let file = std::env::temp_dir().join(format!("cubby-rules-{}", std::process::id()));
+        let from_file = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            network(&format!("@{}", file.display()))
+        };
+        let rules =
+            r#"{"base": "none", "rules": [{"action": "allow", "name": "*.example.com", "ports": "443"}]}"#;
+        let policy = from_file(rules).unwrap();
+        assert_eq!(policy.rules()[0].to_string(), "allow *.example.com port 443");
+        assert_eq!(from_file("\"all\"").unwrap(), NetworkPolicy::all());
+        for wrong in ["", "{", r#"{"rules": [{"action": "allow", "port": 443}]}"#] {
+            let error = from_file(wrong).unwrap_err();
+            assert!(error.contains("\"base\""), "{error}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        assert!(network(&format!("@{}", file.display())).unwrap_err().contains("No such file"));
+        assert!(network("host").unwrap_err().contains("none, public, all"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! All streams of a device: who is who by ports, whose turn it is to send, and who has news for the owner.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::packet::{HEADER, HEADER_BYTES, Header, STREAM, op};
 use super::stream::{Outgoing, Phase, Ports, Reason, Stream};
@@ -31,9 +31,9 @@ pub struct Counters {
 #[derive(Debug)]
 pub(super) struct Mux {
     guest: GuestCid,
-    listening: HashSet<Port>,
-    streams: HashMap<StreamId, Stream>,
-    by_ports: HashMap<Ports, StreamId>,
+    listening: BTreeSet<Port>,
+    streams: BTreeMap<StreamId, Stream>,
+    by_ports: BTreeMap<Ports, StreamId>,
     /// Resets that belong to no stream any more.
     resets: VecDeque<(Ports, u16)>,
     /// Streams with something to send, each once.
@@ -49,9 +49,9 @@ impl Mux {
     pub(super) fn new(guest: GuestCid) -> Self {
         Self {
             guest,
-            listening: HashSet::new(),
-            streams: HashMap::new(),
-            by_ports: HashMap::new(),
+            listening: BTreeSet::new(),
+            streams: BTreeMap::new(),
+            by_ports: BTreeMap::new(),
             resets: VecDeque::new(),
             turn: VecDeque::new(),
             news: VecDeque::new(),

@@ -25,7 +25,7 @@ pub enum Reason {
 }
 
 /// Both ports of a stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ports {
     pub host: Port,
     pub guest: Port,

@@ -5,7 +5,7 @@ use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
-use cubby_network_policy::{Direction, Protocol};
+use cubby_network_policy::{Direction, Protocol, Verdict};
 use rustix::net::sockopt;
 
 use super::connection::{Connection, Far, Inbox};
@@ -439,16 +439,22 @@ impl Table {
         self.settle(id, shared);
     }
 
-    /// Breaks off what the policy no longer allows.
+    /// Breaks off what the policy no longer allows, and tells of it.
     pub(crate) fn apply_policy(&mut self, shared: &mut Shared) {
         for id in self.connections.indices() {
             let Some(connection) = self.connections.get_mut(id) else { continue };
-            let allowed = matches!(connection.far, Far::Resolver(_))
-                || shared
-                    .verdict(connection.direction, Protocol::Tcp, connection.peer, connection.called)
-                    .is_allowed();
-            connection.broken |= !allowed;
-            self.settle(id, shared);
+            if matches!(connection.far, Far::Resolver(_)) {
+                continue;
+            }
+            let (direction, peer) = (connection.direction, connection.peer);
+            if let Verdict::Denied(by) = shared.verdict(direction, Protocol::Tcp, peer, connection.called) {
+                connection.broken = true;
+                // What only lingers has said all that it had to say.
+                if !matches!(connection.near.phase(), Phase::TimeWait | Phase::Over(_)) {
+                    shared.deny(direction, Protocol::Tcp, peer, DeniedBy::Policy(by));
+                }
+                self.settle(id, shared);
+            }
         }
     }
 }

@@ -158,12 +158,14 @@ impl Guest {
         self.interface.poll(moment, &mut self.link, &mut self.sockets);
         let mut moved = false;
         let mut out = VecDeque::new();
-        while let Some(frame) = self.link.to_stack.pop_front() {
+        while self.stack.takes_frames(now)
+            && let Some(frame) = self.link.to_stack.pop_front()
+        {
             (self.outbound)(frame, &mut out);
-        }
-        for frame in out {
-            self.stack.transmit(&frame, &Offload::default(), now);
-            moved = true;
+            for frame in out.drain(..) {
+                self.stack.transmit(&frame, &Offload::default(), now);
+                moved = true;
+            }
         }
         self.stack.on_ready(now).unwrap();
         self.stack.on_time(now);
@@ -211,6 +213,11 @@ impl Guest {
         if let Some(next) = next.filter(|_| self.hurry && ready == 0) {
             self.ahead += next;
         }
+    }
+
+    /// What time it is for the guest and its stack.
+    pub fn time(&self) -> Instant {
+        self.now().0
     }
 
     fn now(&self) -> (Instant, Moment) {

@@ -119,6 +119,12 @@ const WRITING: u32 =
 /// `F_GETLK` and its kin: SQLite's locks.
 const LOCKS: &[u32] = &[c::F_GETLK.cast_unsigned(), c::F_SETLK.cast_unsigned(), c::F_SETLKW.cast_unsigned()];
 
+const UNIX: &[u32] = &[c::AF_UNIX.cast_unsigned()];
+
+/// The main thread of a sandbox whose guest may reach Unix sockets of the host by vsock, which its owner has named. It is
+/// the only one that can connect to any. No filter knows their paths, and Landlock keeps none of them.
+pub(super) const TARGETS: &[Call] = &[only(c::SYS_socket, Only::OneOf(0, UNIX)), any(c::SYS_connect)];
+
 /// The event loop, its clients, and the store.
 pub(super) const MAIN: &[Call] = &[
     any(c::SYS_epoll_wait),
@@ -130,6 +136,7 @@ pub(super) const MAIN: &[Call] = &[
     only(c::SYS_getsockopt, Only::OneOf(2, &[c::SO_PEERCRED.cast_unsigned()])),
     any(c::SYS_recvfrom),
     any(c::SYS_sendto),
+    any(c::SYS_shutdown), // the end of one direction of a pipe to the guest
     // The store, in a directory of its own: Landlock says where.
     any(c::SYS_openat),
     any(c::SYS_newfstatat),

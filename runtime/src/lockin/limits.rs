@@ -9,10 +9,11 @@ use cubby_state::SandboxConfig;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::refused;
-use crate::network;
+use crate::{network, pipes};
 
-/// Descriptors of a sandbox process besides its clients' and its network's: 32 vCPUs, queues, interrupt lines, files.
-const DESCRIPTORS: u64 = 256;
+/// Descriptors of a sandbox process besides its clients' and its network's: 32 vCPUs, queues, interrupt lines, files,
+/// and the pipes to the guest's ports.
+const DESCRIPTORS: u64 = 256 + pipes::MAX_PIPES as u64;
 
 /// The store may grow far beyond a small disk; no file of ours grows beyond this or its disk.
 const LARGEST_FILE: u64 = 16 << 30;

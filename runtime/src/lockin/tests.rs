@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -31,6 +31,8 @@ const LIMITS: Limits = Limits { clients: 16, network: 0, disk: 1 << 20 };
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Main,
+    /// The main thread of a sandbox whose guest may reach sockets of the host.
+    Connecting,
     Vmm(ThreadKind),
 }
 
@@ -49,10 +51,10 @@ fn locked_in<T>(kind: Kind, before: impl FnOnce(&Home) -> T, call: impl FnOnce(T
             return Output { status: Default::default(), stdout: Vec::new(), stderr: Vec::new() };
         }
         let home = Home::at(home).unwrap();
-        let lock_in = LockIn::prepare(&home).unwrap();
+        let lock_in = LockIn::prepare(&home, matches!(kind, Kind::Connecting)).unwrap();
         let made = before(&home);
         match kind {
-            Kind::Main => lock_in.finish(&LIMITS).unwrap(),
+            Kind::Main | Kind::Connecting => lock_in.finish(&LIMITS).unwrap(),
             Kind::Vmm(kind) => lock_in.thread(kind).unwrap(),
         }
         call(made);
@@ -124,6 +126,31 @@ fn no_socket_is_opened() {
     lets(&NETWORK, |_| (), |()| internet());
     kills(&EVERY, || drop(rustix::net::socket(AddressFamily::NETLINK, SocketType::RAW, None)));
     kills(&EVERY, || drop(rustix::net::socket(AddressFamily::PACKET, SocketType::RAW, None)));
+}
+
+#[test]
+fn unix_sockets_and_no_others_are_opened_where_the_guest_may_reach_some() {
+    let listen = |home: &Home| {
+        let path = home.root().join("x.sock");
+        (UnixListener::bind(&path).unwrap(), path)
+    };
+    lets(&[Kind::Connecting], listen, |(listener, path)| {
+        let mut here = crate::pipes::connect(&path).unwrap();
+        let (mut there, _) = listener.accept().unwrap();
+        here.write_all(b"x").unwrap();
+        here.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(there.read(&mut [0; 2]).unwrap(), 1);
+        assert_eq!(there.read(&mut [0; 2]).unwrap(), 0);
+        // Nobody listens there.
+        drop(listener);
+        assert_eq!(crate::pipes::connect(&path).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    });
+    let socket = |family| drop(rustix::net::socket(family, SocketType::STREAM, None));
+    kills(&[Kind::Main], || socket(AddressFamily::UNIX));
+    for family in [AddressFamily::INET, AddressFamily::INET6, AddressFamily::NETLINK, AddressFamily::VSOCK] {
+        kills(&[Kind::Connecting], || socket(family));
+    }
+    kills(&[Kind::Connecting], || drop(UnixListener::bind("/tmp/x.sock")));
 }
 
 #[test]
@@ -301,7 +328,7 @@ fn descriptors_and_files_have_a_limit() {
             }
         };
         assert_eq!(error.raw_os_error(), Some(libc::EMFILE));
-        assert!((200..300).contains(&held.len()), "{} descriptors", held.len());
+        assert!((450..560).contains(&held.len()), "{} descriptors", held.len());
     };
     lets(&[Kind::Main], open, exhaust);
     let grow = |path: std::path::PathBuf| {

@@ -68,12 +68,13 @@ impl Store {
         let mut sockets = Vec::new();
         for entry in fs::read_dir(&run).map_err(|source| self.io(&run, source))? {
             let path = entry.map_err(|source| self.io(&run, source))?.path();
-            if path.extension().is_some_and(|extension| extension == "sock") {
+            if path.extension().is_some_and(|extension| extension == "sock" || extension == "port") {
                 sockets.push(path);
             }
         }
         let stale = |live: Vec<SandboxName>| {
-            let used: Vec<_> = live.iter().map(|name| self.home().socket(name)).collect();
+            let of = |name: &SandboxName| [self.home().socket(name), self.home().port_socket(name)];
+            let used: Vec<_> = live.iter().flat_map(of).collect();
             sockets.iter().filter(|path| !used.contains(path)).collect::<Vec<_>>()
         };
         if stale(self.read(sql::live)?).is_empty() {

@@ -274,6 +274,11 @@ pub(super) fn set_ports(tx: &Connection, run: RunId, ports: &str) -> Result<(), 
     Ok(())
 }
 
+pub(super) fn set_config(tx: &Connection, id: i64, config: &str) -> Result<(), StoreError> {
+    tx.prepare_cached("UPDATE sandboxes SET config = ?2 WHERE id = ?1")?.execute(params![id, config])?;
+    Ok(())
+}
+
 pub(super) fn set_kill_requested(tx: &Connection, run: RunId) -> Result<(), StoreError> {
     tx.prepare_cached("UPDATE runs SET kill_requested = 1 WHERE id = ?1")?.execute([run.0])?;
     Ok(())
