@@ -7,7 +7,7 @@
 use std::io::{BufRead, BufReader, Read, Seek};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::{ChildStdin, Stdio};
+use std::process::Stdio;
 
 use cubbyhole::{Sandbox, SandboxBuilder};
 use tokio::io::AsyncWriteExt;
@@ -36,11 +36,10 @@ const RESOLVER: &str = "127.0.0.53:53";
 
 /// The namespaces, and the way into them.
 pub struct Internet {
-    holder: u32,
+    /// It ends with its input, which it has as long as this program lives.
+    holder: std::process::Child,
     root: PathBuf,
     runtime: PathBuf,
-    /// It ends with its input: when this program does.
-    _input: ChildStdin,
 }
 
 /// A server that was started for one test. Dropping it kills it.
@@ -69,7 +68,7 @@ impl Internet {
         let mut line = String::new();
         BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "there\n", "no namespaces: {:?}", holder.wait());
-        let internet = Self { holder: holder.id(), root, runtime, _input: holder.stdin.take().unwrap() };
+        let internet = Self { holder, root, runtime };
         for port in [53, 80, 443] {
             until("names and web pages", async || internet.listens(port)).await;
         }
@@ -123,7 +122,7 @@ impl Internet {
     /// A program that ends at the latest with the thread that has started it, as nobody in particular.
     fn command(&self, program: &[&str]) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.holder.to_string(), "--user", "--preserve-credentials"]);
+        command.args(["--target", &self.holder.id().to_string(), "--user", "--preserve-credentials"]);
         command.args(["--net", "--mount", "--ipc", "--", "unshare", "--user", "--map-user=1000"]);
         command.arg("--map-group=1000").arg(format!("--root={}", self.root.display())).arg("--wd=/srv");
         command.args(["--", "setpriv", "--pdeathsig", "KILL", "--"]).args(program);
@@ -139,7 +138,7 @@ impl Internet {
     fn listens(&self, port: u16) -> bool {
         let ends = format!(":{port:04X}");
         ["tcp", "tcp6"].iter().any(|table| {
-            let table = std::fs::read_to_string(format!("/proc/{}/net/{table}", self.holder)).unwrap();
+            let table = std::fs::read_to_string(format!("/proc/{}/net/{table}", self.holder.id())).unwrap();
             let listening = |line: &str| {
                 let mut fields = line.split_whitespace().skip(1);
                 fields.next().is_some_and(|local| local.ends_with(&ends)) && fields.nth(1) == Some("0A")

@@ -110,7 +110,8 @@ async fn git_clones_and_pushes_over_http() {
                 git -c user.name=guest -c user.email=guest@web.test commit -q -m two
                 git push -q http://web.test/git/project.git main; git rev-parse HEAD; sha256sum < more";
     let pushed = shell(&guest, push).await;
-    let there = "cd git/project.git; git fsck --strict 2> fsck; git rev-parse main; git show main:more | sha256sum";
+    let there =
+        "cd git/project.git; git fsck --strict 2> fsck; git rev-parse main; git show main:more | sha256sum";
     assert_eq!(internet.script(there).await, pushed);
     let gone = "git clone -q http://web.test/git/nothing.git 2>&1; echo $?";
     let told = shell(&guest, gone).await;
@@ -180,7 +181,9 @@ async fn ssh_runs_commands_and_copies_files() {
     let (guest, internet) = guest().await;
     let key = "set -e; mkdir -p -m 700 ~/.ssh; ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519; cat ~/.ssh/*.pub";
     let key = shell(&guest, key).await;
-    internet.run(&["sh", "-c", "cat > authorized; ssh-keygen -q -t ed25519 -N '' -f hostkey"], key.as_bytes()).await;
+    internet
+        .run(&["sh", "-c", "cat > authorized; ssh-keygen -q -t ed25519 -N '' -f hostkey"], key.as_bytes())
+        .await;
     let sshd = "/usr/sbin/sshd -D -e -f /dev/null -o HostKey=/srv/hostkey -o AuthorizedKeysFile=/srv/authorized \
                 -o StrictModes=no -o PidFile=none -o Subsystem='sftp internal-sftp'";
     let mut server = internet.serve(&["sh", "-c", &format!("exec {sshd}")], 22).await;
@@ -227,7 +230,8 @@ async fn psql_and_pgbench_work_on_a_server_of_postgresql() {
     let sql = async |sql: &str| {
         let psql = "psql 'host=web.test user=somebody dbname=postgres sslmode=verify-full \
                     sslrootcert=/etc/ssl/certs/ca-certificates.crt' -XAtq -v ON_ERROR_STOP=1";
-        shell(&guest, &format!("export PATH=/usr/lib/postgresql/15/bin:$PATH; {psql} <<'END'\n{sql}\nEND")).await
+        shell(&guest, &format!("export PATH=/usr/lib/postgresql/15/bin:$PATH; {psql} <<'END'\n{sql}\nEND"))
+            .await
     };
     // Rows both ways: 20,000 that the client sends, and what comes back of them.
     let rows = "SELECT ssl, version FROM pg_stat_ssl WHERE pid = pg_backend_pid();
@@ -247,7 +251,8 @@ async fn psql_and_pgbench_work_on_a_server_of_postgresql() {
                    AND (SELECT sum(bbalance) FROM pgbench_branches) = sum(delta)
                    AND (SELECT sum(tbalance) FROM pgbench_tellers) = sum(delta) FROM pgbench_history;";
     assert_eq!(sql(sums).await, "100000\n60\nt\n");
-    let told = shell(&guest, "/usr/lib/postgresql/15/bin/psql -h web.test -U nobody postgres 2>&1; echo $?").await;
+    let told =
+        shell(&guest, "/usr/lib/postgresql/15/bin/psql -h web.test -U nobody postgres 2>&1; echo $?").await;
     assert!(told.contains("no pg_hba.conf entry for host") && told.ends_with("2\n"), "{told}");
 }
 
@@ -261,9 +266,11 @@ async fn redis_benchmark_has_every_call_answered() {
     let bench = "redis-benchmark -h web.test -n 1000 -c 50 -d 1000 -t set,get --csv
                  redis-benchmark -h web.test -n 1000 -c 10 -P 16 -t incr,lpush --csv";
     let told = shell(&guest, bench).await;
-    let done: Vec<&str> = told.lines().filter_map(|line| line.split('"').nth(1)).filter(|it| *it != "test").collect();
+    let done: Vec<&str> =
+        told.lines().filter_map(|line| line.split('"').nth(1)).filter(|it| *it != "test").collect();
     assert_eq!(done, ["SET", "GET", "INCR", "LPUSH"], "{told}");
-    let told = shell(&guest, "redis-cli -h web.test info commandstats; redis-cli -h web.test llen mylist").await;
+    let told =
+        shell(&guest, "redis-cli -h web.test info commandstats; redis-cli -h web.test llen mylist").await;
     for call in ["set", "get", "incr", "lpush"] {
         let line = told.lines().find(|line| line.starts_with(&format!("cmdstat_{call}:")));
         let line = line.unwrap_or_else(|| panic!("{told}"));
@@ -271,7 +278,8 @@ async fn redis_benchmark_has_every_call_answered() {
     }
     assert!(told.ends_with("\n1000\n"), "{told}");
     // A value of a megabyte, there and back.
-    let value = "curl -sS -r 0-999999 http://web.test/data > value; redis-cli -h web.test -x set value < value
+    let value =
+        "curl -sS -r 0-999999 http://web.test/data > value; redis-cli -h web.test -x set value < value
                  redis-cli -h web.test get value | head -c 1000000 | cmp - value && echo same";
     assert_eq!(shell(&guest, value).await, "OK\nsame\n");
 }
@@ -352,7 +360,9 @@ async fn what_is_denied_is_refused_at_once_as_the_client_says() {
         assert_eq!(internet.script(&format!("curl -sS http://{address}/page1")).await, "page 1\n");
     }
     let timed = async |command: String| {
-        let script = format!("begin=$(date +%s%N); {command} 2>&1; echo \"$? $((($(date +%s%N) - begin) / 1000000))\"");
+        let script = format!(
+            "begin=$(date +%s%N); {command} 2>&1; echo \"$? $((($(date +%s%N) - begin) / 1000000))\""
+        );
         let told = shell(&guest, &script).await;
         let (said, last) = told.trim_end().rsplit_once('\n').unwrap_or(("", told.trim_end()));
         let (code, took) = last.split_once(' ').unwrap();

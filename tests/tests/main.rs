@@ -28,6 +28,7 @@ mod metrics;
 mod network;
 mod network_live;
 mod ordinary_user;
+mod policies;
 mod processes;
 mod seed;
 mod sessions;
