@@ -37,6 +37,7 @@ pub fn run(image: Option<String>, command: Vec<OsString>) -> Result<u8> {
         assets: &assets,
         image: python.as_ref().map(PythonImage::dir),
         registry: python.is_some(),
+        clients: None,
         in_memory: false,
     };
     let options = kvm::Options::new(kvm::Mode::Normal);

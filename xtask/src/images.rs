@@ -1,5 +1,8 @@
 //! The images that demo and tests run, made from Debian's packages, once each: a small Debian with Python, as an OCI
-//! layout and as the storage of a registry that has it; and, for `xtask python-suite`, one with all of Python's own tests.
+//! layout and as the storage of a registry that has it; one with network clients and their servers ([`clients`]); and, for
+//! `xtask python-suite`, one with all of Python's own tests.
+
+mod clients;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,6 +13,8 @@ use crate::cache::{self, Key};
 use crate::process::{self, command};
 use crate::registry::Registry;
 use crate::{packages, progress};
+
+pub use clients::clients;
 
 /// Raised when this file makes something else.
 const RECIPE: &str = "2";
@@ -72,7 +77,7 @@ pub fn python_suite() -> Result<PathBuf> {
         progress::step("making the image of Python's tests from Debian's packages (once)", || {
             let (tar, layout) = (scratch.join("root.tar"), scratch.join("layout"));
             remove(&layout)?;
-            debian(packages, &tar)?;
+            debian(packages, &[], &tar)?;
             oci_layout(&tar, &layout)?;
             Ok(layout)
         })
@@ -84,7 +89,7 @@ fn make(scratch: &Path) -> Result<PathBuf> {
     remove(&made)?;
     fs::create_dir_all(&made)?;
     let (tar, layout, storage) = (scratch.join("root.tar"), made.join("layout"), made.join("storage"));
-    debian(PACKAGES, &tar)?;
+    debian(PACKAGES, &[], &tar)?;
     let name = format!("python:{}", python_version(&tar)?);
     let image = oci_layout(&tar, &layout)?;
 
@@ -109,8 +114,8 @@ fn remove(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A minimal Debian with some packages, as an archive.
-fn debian(packages: &str, tar: &Path) -> Result<()> {
+/// A minimal Debian with some packages, as an archive; `more` is for mmdebstrap.
+fn debian(packages: &str, more: &[String], tar: &Path) -> Result<()> {
     progress::note(format!("{SUITE}, minimal, with {packages} (mmdebstrap)"));
     let mut debian = process::as_root("mmdebstrap");
     debian.args(["--quiet", "--variant=minbase", "--format=tar"]).arg(format!("--include={packages}"));
@@ -118,6 +123,7 @@ fn debian(packages: &str, tar: &Path) -> Result<()> {
     for unread in ["doc", "man", "locale"] {
         debian.arg(format!("--dpkgopt=path-exclude=/usr/share/{unread}/*"));
     }
+    debian.args(more);
     process::run(debian.args([SUITE, "-"]).stdout(File::create(tar)?))
 }
 

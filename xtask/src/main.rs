@@ -124,6 +124,8 @@ enum Task {
         #[arg(long)]
         registry: bool,
         #[arg(long)]
+        clients: Option<PathBuf>,
+        #[arg(long)]
         in_memory: bool,
         #[arg(last = true, required = true)]
         program: Vec<OsString>,
@@ -179,8 +181,9 @@ fn run(task: Task) -> Result<ExitCode> {
             return Ok(ExitCode::from(process::code(process::status(&mut cargo)?)));
         }
         Task::Runner { program } => return Ok(ExitCode::from(runner::run(&program)?)),
-        Task::Within { assets, image, registry, in_memory, program } => {
-            let around = within::Around { assets: &assets, image: image.as_deref(), registry, in_memory };
+        Task::Within { assets, image, registry, clients, in_memory, program } => {
+            let (image, clients) = (image.as_deref(), clients.as_deref());
+            let around = within::Around { assets: &assets, image, registry, clients, in_memory };
             return Ok(ExitCode::from(around.run(&program)?));
         }
         Task::KvmServer => kvm::serve()?,

@@ -92,7 +92,7 @@ fn in_a_sandbox(layout: &Path, assets: &Path, results: &Path, modules: &[String]
     program.push(format!("oci:{}", layout.display()).into());
     program.extend([results.into(), PROGRAM.into()]);
     program.extend(modules.iter().map(OsString::from));
-    let around = Around { assets, image: None, registry: false, in_memory: false };
+    let around = Around { assets, image: None, registry: false, clients: None, in_memory: false };
     match kvm::run(&kvm::Options::new(kvm::Mode::Normal), &around.command(&program)?)? {
         0 => Ok(()),
         code => bail!("the sandbox ended with {code}"),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::images::PythonImage;
 use crate::within::Around;
-use crate::{assets, kvm};
+use crate::{assets, images, kvm};
 
 /// Set to `icount`, it sends everything to the machine on the instruction clock; set to `alone`, each binary has a machine
 /// of its own.
@@ -21,11 +21,14 @@ pub fn run(program: &[OsString]) -> Result<u8> {
     let assets = assets::build(assets::Cargo::IsQuiet)?;
     // The VMM knows no images.
     let image = if package == "cubby-vmm" { None } else { Some(PythonImage::ensure()?) };
+    let end_to_end = package == "cubby-tests";
+    let clients = if end_to_end { Some(images::clients()?) } else { None };
     let options = machine()?;
     let around = Around {
         assets: &assets,
         image: image.as_ref().map(PythonImage::dir),
-        registry: package == "cubby-tests",
+        registry: end_to_end,
+        clients: clients.as_deref(),
         in_memory: package == "cubby-benches" || options.mode == kvm::Mode::Icount,
     };
     let binary = program.first().context("no program was given")?;

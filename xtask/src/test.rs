@@ -61,7 +61,10 @@ impl Checks {
         self.shown("guest kernel, guest agent, sandbox process", || {
             assets::build(assets::Cargo::Shows).map(drop)
         });
-        self.shown("image", || images::PythonImage::ensure().map(drop));
+        self.shown("images", || {
+            images::PythonImage::ensure()?;
+            images::clients().map(drop)
+        });
         self.shown("tests on KVM", || {
             let mut test = cargo("test", ["--no-fail-fast"])?;
             test.args(ON_KVM.iter().flat_map(|package| ["--package", package]));

@@ -3,7 +3,9 @@
 //! same on this computer and on the KVM test machine.
 //!
 //! The program finds in its environment: `CUBBY_HOME`, `CUBBY_ASSETS`, `CUBBY_RUNTIME`, `CUBBY_TEST_TRAFFIC` (a program for
-//! guests, of `tests/traffic`); `CUBBY_TEST_IMAGE` (an `oci:` reference); and with a registry `CUBBY_TEST_REGISTRY` (`localhost:PORT`) and `CUBBY_TEST_REFERENCE` (the image in it).
+//! guests, of `tests/traffic`); `CUBBY_TEST_IMAGE` (an `oci:` reference); with a registry `CUBBY_TEST_REGISTRY`
+//! (`localhost:PORT`) and `CUBBY_TEST_REFERENCE` (the image in it); and `CUBBY_TEST_CLIENTS`, the directory of
+//! [`crate::images::clients`], if there is one.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -28,6 +30,8 @@ pub struct Around<'a> {
     pub image: Option<&'a Path>,
     /// Whether to serve it.
     pub registry: bool,
+    /// Network clients and servers, if they are needed.
+    pub clients: Option<&'a Path>,
     /// Whether the program and the assets are copied to memory first. For measuring: a look at a file of the KVM test
     /// machine's host is a wait, and a wait lets the instruction clock jump.
     pub in_memory: bool,
@@ -43,6 +47,9 @@ impl Around<'_> {
         }
         if self.registry {
             command.push("--registry".into());
+        }
+        if let Some(clients) = self.clients {
+            command.extend(["--clients".into(), clients.into()]);
         }
         if self.in_memory {
             command.push("--in-memory".into());
@@ -73,6 +80,9 @@ impl Around<'_> {
                 let reference = reference.insert(format!("{}/{}", started.address(), image.name()?));
                 command.env("CUBBY_TEST_REFERENCE", reference);
             }
+        }
+        if let Some(clients) = self.clients {
+            command.env("CUBBY_TEST_CLIENTS", clients);
         }
         command.args(arguments.iter().map(|argument| match &reference {
             Some(reference) if argument == PYTHON => OsStr::new(reference),
