@@ -136,6 +136,8 @@ fn ipv6<'a>(bytes: &'a [u8], offload: &Offload, link: &Addresses) -> Result<Data
     }
     let (from, to) = (packet.src_addr(), packet.dst_addr());
     let local = from.is_unspecified() || from.is_unicast_link_local();
+    // Nobody but the gateway is there, and whoever calls somebody is to hear that.
+    let calls = !local || (!from.is_unspecified() && to.is_unicast_link_local());
     if from != link.guest_v6 && !local {
         return Err(Unfit::Spoofed);
     }
@@ -146,8 +148,8 @@ fn ipv6<'a>(bytes: &'a [u8], offload: &Offload, link: &Addresses) -> Result<Data
     let body = match packet.next_header() {
         IpProtocol::Icmpv6 => icmpv6(payload, from, to, packet.hop_limit())?,
         IpProtocol::Ipv6Frag => return Err(Unfit::Fragment),
-        IpProtocol::Tcp if !local => tcp(payload, source, target, left)?,
-        IpProtocol::Udp if !local => udp(payload, source, target, left)?,
+        IpProtocol::Tcp if calls => tcp(payload, source, target, left)?,
+        IpProtocol::Udp if calls => udp(payload, source, target, left)?,
         _ => return Err(Unfit::Ignored),
     };
     Ok(Datagram { source, target, bytes, body })

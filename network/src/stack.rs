@@ -200,7 +200,7 @@ impl Stack {
                 if shared.link.is_gateway(peer) {
                     let reply = emit::echo_reply(&shared.link, (guest, peer), *ident, *sequence, payload);
                     shared.reply(reply);
-                } else if guest == shared.link.guest(guest) {
+                } else if guest == shared.link.guest(guest) || is_on_link(peer) {
                     let which = (*ident, *sequence);
                     self.flows.echo((guest, peer), which, payload, datagram.bytes, shared, now);
                 } else {
@@ -398,6 +398,11 @@ impl AsFd for Stack {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.epoll().as_fd()
     }
+}
+
+/// Whether an address is of a link alone, which no packet leaves.
+fn is_on_link(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 /// Whether an address stands for many: there is nobody else on this link, and no way out of it for these.

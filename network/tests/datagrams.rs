@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use cubby_network::policy::{Protocol, Rule};
-use cubby_network::{Config, DeniedBy, Limits, NetworkEvent, NetworkPolicy};
+use cubby_network::{Addresses, Config, DeniedBy, Limits, NetworkEvent, NetworkPolicy};
 use guest::wire::{self, Seen, read};
 use guest::{Guest, addresses, config, host, host6};
 use smoltcp::wire::{
@@ -179,6 +179,24 @@ fn what_the_policy_denies_is_answered_at_once_and_told() {
     assert!(
         matches!(&events[..], [NetworkEvent::Denied { peer: told, by: why, .. }] if *told == peer && *why == by)
     );
+}
+
+#[test]
+fn who_calls_on_the_link_itself_is_refused_at_once() {
+    let here = Addresses { guest_v6: "fe80::2".parse().unwrap(), ..addresses() };
+    let neighbor: IpAddr = "fe80::1".parse().unwrap();
+    for policy in [NetworkPolicy::public(), NetworkPolicy::all()] {
+        let mut guest = Guest::new(config(policy));
+        let seen = answers(&mut guest, &wire::syn(&here, 5555, (neighbor, 80), 1));
+        assert_eq!(seen, [Seen::Reset { from: (neighbor, 80), to: 5555 }]);
+        let seen = answers(&mut guest, &wire::udp(&here, 5555, (neighbor, 99), b"x"));
+        assert!(matches!(seen[..], [Seen::Unreachable { ports: (5555, 99), .. }]), "{seen:?}");
+        assert_eq!(guest.send(&wire::echo(&here, neighbor, 7, 1, b"anybody?")).len(), 1);
+        // Beyond the link nobody would find the way back.
+        let far = wire::syn(&here, 5555, (addresses().host_v6.into(), 80), 1);
+        assert!(answers(&mut guest, &far).is_empty());
+        assert_eq!(guest.stack.counters().ignored, 1);
+    }
 }
 
 #[test]

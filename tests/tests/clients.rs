@@ -263,8 +263,9 @@ async fn redis_benchmark_has_every_call_answered() {
     internet.script("ln -s /usr/bin/redis-check-rdb redis-server").await;
     let server = ["./redis-server", "--port", "6379", "--bind", "*", "--protected-mode", "no", "--save", ""];
     let _server = internet.serve(&server, 6379).await;
-    let bench = "redis-benchmark -h web.test -n 1000 -c 50 -d 1000 -t set,get --csv
-                 redis-benchmark -h web.test -n 1000 -c 10 -P 16 -t incr,lpush --csv";
+    // Whole bundles: the client fills the last one.
+    let bench = "redis-benchmark -h web.test -n 1600 -c 50 -d 1000 -t set,get --csv
+                 redis-benchmark -h web.test -n 1600 -c 10 -P 16 -t incr,lpush --csv";
     let told = shell(&guest, bench).await;
     let done: Vec<&str> =
         told.lines().filter_map(|line| line.split('"').nth(1)).filter(|it| *it != "test").collect();
@@ -274,9 +275,9 @@ async fn redis_benchmark_has_every_call_answered() {
     for call in ["set", "get", "incr", "lpush"] {
         let line = told.lines().find(|line| line.starts_with(&format!("cmdstat_{call}:")));
         let line = line.unwrap_or_else(|| panic!("{told}"));
-        assert!(line.contains(":calls=1000,") && line.contains("failed_calls=0"), "{line}");
+        assert!(line.contains(":calls=1600,") && line.contains("failed_calls=0"), "{line}");
     }
-    assert!(told.ends_with("\n1000\n"), "{told}");
+    assert!(told.ends_with("\n1600\n"), "{told}");
     // A value of a megabyte, there and back.
     let value =
         "curl -sS -r 0-999999 http://web.test/data > value; redis-cli -h web.test -x set value < value
@@ -302,8 +303,8 @@ async fn iperf3_loses_nothing_in_either_direction() {
         let number = |path: &str| told.pointer(path).and_then(Value::as_u64);
         let number = |path| number(path).unwrap_or_else(|| panic!("{test}: no {path}: {told}"));
         if udp {
-            // Whoever receives counts what is missing, and what is not in its order.
-            assert_eq!(number("/end/sum/packets"), 427, "{test}: {told}");
+            // Whoever receives counts what is missing, and what is not in its order. Some are sent until the end is agreed.
+            assert!(number("/end/sum/packets") >= 427, "{test}: {told}");
             assert_eq!(number("/end/sum/lost_packets"), 0, "{test}: {told}");
             assert_eq!(number("/end/streams/0/udp/out_of_order"), 0, "{test}: {told}");
         } else {

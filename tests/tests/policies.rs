@@ -217,7 +217,7 @@ def talk(protocol, host, port, told):
     icmp = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
     kind = socket.SOCK_STREAM if protocol == 'tcp' else socket.SOCK_DGRAM
     with socket.socket(family, kind, icmp if protocol == 'icmp' else 0) as s:
-        s.settimeout(60)
+        s.settimeout(10)
         try:
             s.connect(address)
             if protocol == 'icmp': told = struct.pack('!BBHHH', 8 if family == socket.AF_INET else 128, 0, 0, 0, 1) + told

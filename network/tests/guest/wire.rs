@@ -175,7 +175,8 @@ pub fn read(link: &Addresses, frame: &[u8]) -> Seen {
                             Seen::Echo { from, ident, sequence: seq_no, data: data.to_vec() }
                         }
                         Icmpv6Repr::DstUnreachable { reason, header, data } => {
-                            assert_eq!(header.src_addr, link.guest_v6);
+                            assert!(header.src_addr == link.guest_v6 || target.is_unicast_link_local());
+                            assert_eq!(header.src_addr, target);
                             Seen::Unreachable { from, code: reason.into(), ports: ports(data) }
                         }
                         Icmpv6Repr::Ndisc(NdiscRepr::NeighborAdvert { target_addr, lladdr, .. }) => {
