@@ -330,9 +330,10 @@ pub(crate) fn neighbor_advert(link: &Addresses, source: IpAddr, asked: &NdiscRep
     let (NdiscRepr::NeighborSolicit { target_addr, .. }, IpAddr::V6(guest)) = (asked, source) else {
         return None;
     };
-    // Somebody without an address asks whether one is free: the guest is welcome to any but these.
+    // Somebody without an address asks whether one is free: the guest is welcome to any but these. Whoever looks for
+    // a neighbour finds the gateway, as by ARP: what is sent to it is refused at once and not waited for.
     let ours = *target_addr == link.gateway_v6 || *target_addr == link.host_v6;
-    if !ours {
+    if *target_addr == link.guest_v6 || (guest.is_unspecified() && !ours) {
         return None;
     }
     let to =

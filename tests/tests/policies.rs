@@ -62,7 +62,7 @@ const TABLE: &[(&str, &[Row])] = &[
             ("tcp", "::1", 7000, "ECONNREFUSED"),
             ("udp", "::1", 7000, "ECONNREFUSED"),
             // The host's, by the name and the address that it has here.
-            ("tcp", "host.cubbyhole.internal", 7000, NO_NAME),
+            ("tcp", "host.cubbyhole.internal", 7000, RESET),
             ("tcp", "198.18.0.254", 7000, RESET),
             ("udp", "198.18.0.254", 7000, FILTERED),
             ("tcp", "fd63:7562:6279::fe", 7000, RESET),
@@ -103,7 +103,7 @@ const TABLE: &[(&str, &[Row])] = &[
             // Another name of the same address is another name.
             ("tcp", "other.test", 7000, NO_NAME),
             ("tcp", "v6.test", 7000, NO_NAME),
-            ("tcp", "2606:2800:21f:cb07::14", 7000, RESET),
+            ("tcp", "2606:2800:21f:cb07::14", 7000, YES),
             // Who owns a name does not own the network that it points to.
             ("tcp", "metadata.test", 7000, NO_NAME),
             ("tcp", "169.254.169.254", 7000, RESET),
@@ -139,7 +139,9 @@ const TABLE: &[(&str, &[Row])] = &[
             ("tcp", "v6.test", 7000, NO_NAME),
             ("tcp", "2606:2800:21f:cb07::14", 7000, RESET),
             ("udp", "2606:2800:21f:cb07::14", 7000, FILTERED6),
-            ("tcp", "host.cubbyhole.internal", 7000, YES),
+            // The name has an address of each kind, and the rule is about one.
+            ("tcp", "host.cubbyhole.internal", 7000, RESET),
+            ("tcp", "198.18.0.254", 7000, YES),
             ("udp", "198.18.0.254", 7000, FILTERED),
             ("tcp", "169.254.169.254", 7000, RESET),
         ],

@@ -16,9 +16,10 @@ use crate::{assets, deny, images, kvm, packages, process, runner, workspace};
 const ON_KVM: [&str; 4] = ["cubby-vmm", "cubbyhole", "cubby-benches", "cubby-tests"];
 
 /// Modules of the end-to-end tests that are the second lane's.
-const SHARE: [&str; 10] = [
+const SHARE: [&str; 14] = [
     "chaos::",
     "cli::",
+    "clients::",
     "connections::",
     "endurance::",
     "flow::",
@@ -26,7 +27,10 @@ const SHARE: [&str; 10] = [
     "image::",
     "many::",
     "network::",
+    "network_live::",
+    "policies::",
     "soak::",
+    "vsock_ports::",
 ];
 
 /// Runs every check, the later ones too when one has failed, and says at the end which did.
