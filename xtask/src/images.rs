@@ -1,5 +1,5 @@
 //! The images that demo and tests run, made from Debian's packages, once each: a small Debian with Python, as an OCI
-//! layout and as the storage of a registry that has it; one with network clients and their servers ([`clients`]); and, for
+//! layout and as the storage of a registry that has it; one with network clients and their servers ([`clients()`]); and, for
 //! `xtask python-suite`, one with all of Python's own tests.
 
 mod clients;
