@@ -261,13 +261,19 @@ mod tests {
                 (format!("cubby_memory_host_resident_bytes{{sandbox=\"{name}\"}}"), 14.0),
                 (format!("cubby_disk_written_bytes_total{{sandbox=\"{name}\"}}"), 12.0),
                 (format!("cubby_network_received_bytes_total{{sandbox=\"{name}\",interface=\"lo\"}}"), 3.0),
+                (format!("cubby_host_network_sent_frames_total{{sandbox=\"{name}\"}}"), 18.0),
+                (
+                    format!("cubby_host_network_open_connections{{sandbox=\"{name}\",transport=\"tcp\"}}"),
+                    22.0,
+                ),
                 (format!("cubby_processes{{sandbox=\"{name}\"}}"), 13.0),
                 (format!("cubby_clients{{sandbox=\"{name}\"}}"), 17.0),
             ] {
                 assert_eq!(series.get(&key), Some(&value), "{key}\n{text}");
             }
         }
-        assert_eq!(series.len(), 2 * (FAMILIES.len() + 7));
+        // Some have a series for each label: 7 more of what the guest says, and 8 of what the host has counted.
+        assert_eq!(series.len(), 2 * (FAMILIES.len() + 7 + 8));
     }
 
     #[test]
