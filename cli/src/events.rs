@@ -18,12 +18,20 @@ pub async fn events(name: &str, event: Option<&str>) -> Result<u8, Failure> {
         }
         match event {
             Ok(event) => drop(output::print(line(&event)?.as_bytes())?),
-            // Nothing is wrong with a sandbox that ends as somebody asked.
-            Err(Error::Ended { report, .. }) if report.reason.status() == Status::Stopped => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => ended(name, error).await?,
         }
     }
     Ok(0)
+}
+
+/// The end of whoever watched a sandbox until its end. Nothing is wrong with one that ends as somebody asked, or that
+/// somebody has removed before it could be asked how it ended.
+pub async fn ended(name: &str, error: Error) -> Result<(), Failure> {
+    match error {
+        Error::Ended { report, .. } if report.reason.status() == Status::Stopped => Ok(()),
+        Error::Process { .. } if matches!(Sandbox::get(name).await, Err(Error::NotFound { .. })) => Ok(()),
+        error => Err(error.into()),
+    }
 }
 
 /// `cubby emit`

@@ -1,10 +1,11 @@
 //! `network`: whom a sandbox may talk to, now, and what happens there.
 
 use cubbyhole::network::{Direction, Protocol};
-use cubbyhole::{DeniedBy, Error, NetworkEvent, NetworkEventKind, NetworkFlow, Sandbox, Status};
+use cubbyhole::{DeniedBy, NetworkEvent, NetworkEventKind, NetworkFlow, Sandbox};
 use serde_json::{Value, json};
 
 use crate::arguments::Network;
+use crate::events::ended;
 use crate::failure::{Failure, clean, complain};
 use crate::output;
 use crate::time::rfc3339;
@@ -38,9 +39,7 @@ async fn events(name: &str, as_json: bool) -> Result<u8, Failure> {
         match event {
             Ok(event) if as_json => drop(output::print(format!("{}\n", object(&event)).as_bytes())?),
             Ok(event) => drop(output::print(format!("{}\n", line(&event)).as_bytes())?),
-            // Nothing is wrong with a sandbox that ends as somebody asked.
-            Err(Error::Ended { report, .. }) if report.reason.status() == Status::Stopped => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => ended(name, error).await?,
         }
     }
     Ok(0)
