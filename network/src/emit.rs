@@ -325,7 +325,7 @@ pub(crate) fn arp_reply(link: &Addresses, request: &ArpRepr) -> Option<Vec<u8>> 
     Some(frame)
 }
 
-/// The answer to a neighbour solicitation, if it asks for one of the stack's addresses.
+/// The answer to a neighbour solicitation, unless it is about an address that the guest has, or may have.
 pub(crate) fn neighbor_advert(link: &Addresses, source: IpAddr, asked: &NdiscRepr<'_>) -> Option<Vec<u8>> {
     let (NdiscRepr::NeighborSolicit { target_addr, .. }, IpAddr::V6(guest)) = (asked, source) else {
         return None;

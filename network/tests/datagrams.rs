@@ -70,15 +70,27 @@ fn arp_is_answered_for_everybody_but_the_guest() {
 fn neighbours_are_found_and_the_guests_own_address_is_free() {
     let link = addresses();
     let mut guest = Guest::new(all());
-    for (target, answered) in [(link.gateway_v6, true), (link.host_v6, true), (link.guest_v6, false)] {
+    let neighbor = "fe80::1".parse().unwrap();
+    let nobody = std::net::Ipv6Addr::UNSPECIFIED;
+    for (source, target, answered) in [
+        (link.guest_v6, link.gateway_v6, true),
+        (link.guest_v6, link.host_v6, true),
+        (link.guest_v6, link.guest_v6, false),
+        // Whoever is nobody's is the gateway's, so that what is sent there is refused.
+        (link.guest_v6, neighbor, true),
+        // Who has no address yet asks whether this one is free.
+        (nobody, neighbor, false),
+        (nobody, link.gateway_v6, true),
+    ] {
+        let from = Addresses { guest_v6: source, ..link.clone() };
         let repr = Icmpv6Repr::Ndisc(NdiscRepr::NeighborSolicit {
             target_addr: target,
             lladdr: Some(EthernetAddress(link.guest_mac).into()),
         });
         let mut bytes = vec![0; repr.buffer_len()];
         let caps = smoltcp::phy::ChecksumCapabilities::default();
-        repr.emit(&link.guest_v6, &target, &mut Icmpv6Packet::new_unchecked(&mut bytes[..]), &caps);
-        let mut frame = wire::ip(&link, target.into(), IpProtocol::Icmpv6, &bytes);
+        repr.emit(&source, &target, &mut Icmpv6Packet::new_unchecked(&mut bytes[..]), &caps);
+        let mut frame = wire::ip(&from, target.into(), IpProtocol::Icmpv6, &bytes);
         assert_eq!(answers(&mut guest, &frame), [], "it has passed a router");
         frame[14 + 7] = 255;
         let expected = answered.then(|| Seen::Neighbor { whose: target.into(), mac: link.gateway_mac });

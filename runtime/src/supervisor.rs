@@ -1,14 +1,15 @@
 //! The sandbox's one authority: a loop that owns the VM, the relay, the agent's connection and the state, and
 //! takes everything that happens one after another, so that races have an order.
 
+mod boot;
 mod rules;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cubby_protocol::SessionId;
-use cubby_protocol::message::{Mark, Refused, Reply, Request, SandboxStatus};
-use cubby_state::{Event, ExitReason, ExitReport, LaunchReport, LaunchSpec, Next, Status, Store};
+use cubby_protocol::message::{Refused, Reply, Request, SandboxStatus};
+use cubby_state::{Event, ExitReason, ExitReport, LaunchSpec, Next, Status, Store};
 use cubby_vmm::devices::Device;
 use cubby_vmm::devices::vsock::{How, Port, Vsock, VsockEvent};
 use cubby_vmm::{EventLoop, Exit, Vm};
@@ -431,39 +432,6 @@ impl Supervisor<'_> {
         }
     }
 
-    fn on_ready(&mut self, vsock: &mut Vsock) {
-        if !self.policies.is_booting() || self.apply(Event::Ready).is_err() {
-            return;
-        }
-        self.policies.ready(Instant::now());
-        self.relay.set_agent_ready(vsock);
-        self.pipes.set_ready();
-        self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
-    }
-
-    /// The steps of the boot, each with its end in nanoseconds after the process began.
-    fn boot_phases(&self) -> Vec<(String, u64)> {
-        let since = |instant: Instant| {
-            u64::try_from(instant.saturating_duration_since(self.began).as_nanos()).unwrap_or(u64::MAX)
-        };
-        let mut phases =
-            self.vm.phases().iter().map(|(name, at)| ((*name).into(), since(*at))).collect::<Vec<_>>();
-        phases.extend(self.marked.all().into_iter().map(|(mark, at)| (mark.name().into(), since(at))));
-        phases.push(("ready".into(), since(Instant::now())));
-        phases
-    }
-
-    fn boot_failed(&mut self, stage: &str, message: &str) {
-        self.launch.fail(
-            ExitReason::BootFailed { stage: stage.into() },
-            message.into(),
-            None,
-            Some(self.console()),
-        );
-        self.policies.end(ExitReason::BootFailed { stage: stage.into() });
-        self.vm.cut_power();
-    }
-
     /// The agent's connection is gone: unless its power-off follows, the sandbox is of no more use.
     fn on_agent_lost(&mut self) {
         if !self.announced {
@@ -533,16 +501,6 @@ impl Supervisor<'_> {
                 Due::Stop => self.control.shut_down(grace(policy::STOP), vsock),
                 Due::Kill => self.vm.cut_power(),
             }
-        }
-    }
-
-    /// What the guest was doing when it came no further: the step after its last mark.
-    fn boot_stage(&self) -> &'static str {
-        match self.marked.all().last() {
-            None => Mark::AgentStarted.name(),
-            Some((Mark::AgentStarted, _)) => Mark::Configured.name(),
-            Some((Mark::Configured, _)) => Mark::RootMounted.name(),
-            Some(_) => Mark::Ready.name(),
         }
     }
 
