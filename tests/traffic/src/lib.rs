@@ -18,9 +18,10 @@ pub mod random;
 pub use guest::{Guest, attend};
 pub use order::Order;
 
-/// Raises the limit of this process's open descriptors as far as it may.
-pub fn raise_descriptors() {
+/// Raises the limit of this process's open descriptors as far as it may, and gives what it is then.
+pub fn raise_descriptors() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

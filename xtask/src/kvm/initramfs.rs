@@ -16,7 +16,7 @@ pub const TOKEN: &str = "/run/cubby-token";
 pub const ADDRESS: (&str, u16) = ("10.0.2.15", 7000);
 
 /// First the root: the host's, over virtiofs, under an overlay in memory. /tmp and /run are memory, /dev/kvm is
-/// everybody's. Then busybox stays PID 1 and reaps; the server is its child and the machine ends with it.
+/// everybody's, and descriptors as many as other systems let programs ask for (the kernel by itself: 4,096). Then busybox stays PID 1 and reaps; the server is its child and the machine ends with it.
 pub const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin; export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
@@ -34,6 +34,7 @@ ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip ro
 rm -f etc/resolv.conf; echo nameserver 10.0.2.3 > etc/resolv.conf
 mkdir run/cubby-host && mount --move /host run/cubby-host
 cp /bin/busybox /xtask run/; (umask 077; cat /token > run/cubby-token)
+ulimit -Hn 524288
 exec switch_root /new /run/busybox sh -c '/run/xtask kvm-server; /run/busybox poweroff -f'
 "#;
 
