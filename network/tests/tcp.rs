@@ -119,12 +119,37 @@ fn half_closed_works_both_ways() {
 }
 
 #[test]
+fn a_stack_that_ends_ends_those_in_order_who_have_heard_all() {
+    for (finished, expected) in [(false, Err(ErrorKind::ConnectionReset)), (true, Ok(0))] {
+        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let (port, server) = serve(move |mut stream| {
+            gone.recv().unwrap();
+            assert_eq!(stream.read(&mut [0]).map_err(|error| error.kind()), expected);
+        });
+        let mut guest = Guest::new(all());
+        let socket = guest.connect(host(port));
+        guest.until("it is open", |guest| guest.tcp(socket).may_send());
+        if finished {
+            guest.tcp(socket).close();
+            guest.until("the end is heard", |guest| guest.tcp(socket).state() == State::FinWait2);
+        }
+        drop(guest);
+        go.send(()).unwrap();
+        server.join().unwrap();
+    }
+}
+
+#[test]
 fn a_reset_of_the_host_reaches_the_guest_and_the_other_way_round() {
-    let (port, server) = serve(|stream| {
+    let (go, opened) = std::sync::mpsc::channel::<()>();
+    let (port, server) = serve(move |stream| {
+        opened.recv().unwrap();
         rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
     });
     let mut guest = Guest::new(all());
     let socket = guest.connect(host(port));
+    guest.until("it is open", |guest| guest.tcp(socket).may_send());
+    go.send(()).unwrap();
     guest.until("it was open and is reset", |guest| guest.tcp(socket).state() == State::Closed);
     server.join().unwrap();
     assert_eq!(guest.stack.counters().tcp_opened, 1);
