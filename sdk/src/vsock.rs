@@ -46,14 +46,15 @@ impl Sandbox {
         let failed = |error: io::Error| unreachable(error.to_string());
         let path = self.link.context.store.home().port_socket(&self.link.id);
         let mut stream = UnixStream::connect(path).await.map_err(failed)?;
-        stream.write_all(format!("CONNECT {port}\n").as_bytes()).await.map_err(failed)?;
+        // Who is refused before having asked cannot ask any more, and finds the reason all the same.
+        let asked = stream.write_all(format!("CONNECT {port}\n").as_bytes()).await;
         // What comes behind the line is the guest's.
         let mut line = Vec::new();
         while line.len() < MAX_LINE {
             match stream.read_u8().await {
                 Ok(b'\n') => break,
                 Ok(byte) => line.push(byte),
-                Err(error) => return Err(failed(error)),
+                Err(error) => return Err(failed(asked.err().unwrap_or(error))),
             }
         }
         match std::str::from_utf8(&line).ok().and_then(|line| line.strip_prefix("ERR ")) {

@@ -172,3 +172,105 @@ async fn a_program_of_the_host_reaches_listeners_of_the_guest() {
     assert!(cubby_tests::refused_as(&ended, cubbyhole::Status::Stopped), "{ended:?}");
     Sandbox::remove(sandbox.name()).await.unwrap();
 }
+
+/// Answers every stream of a port with what it says, for ever.
+const ECHO: &str = r#"
+import selectors
+select = selectors.DefaultSelector()
+listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+listener.bind((socket.VMADDR_CID_ANY, 6000))
+listener.listen(400)
+select.register(listener, selectors.EVENT_READ)
+print('serves', flush=True)
+while True:
+    for key, _ in select.select():
+        if key.fileobj is listener:
+            select.register(listener.accept()[0], selectors.EVENT_READ)
+        elif told := key.fileobj.recv(100):
+            key.fileobj.sendall(told)
+        else:
+            select.unregister(key.fileobj)
+            key.fileobj.close()
+"#;
+
+/// How many streams of both ways there may be (`runtime/src/pipes.rs`).
+const MOST: u8 = 255;
+
+async fn echo(stream: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin), byte: u8) {
+    within("write", stream.write_all(&[byte])).await.unwrap();
+    assert_eq!(within("answer", stream.read_u8()).await.unwrap(), byte);
+}
+
+#[tokio::test]
+async fn there_are_so_many_streams_and_one_more_harms_none_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("served.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let creating = builder(&name("vsock-most")).vsock_listen(5000, &path).create();
+    let sandbox = within("create", creating).await.unwrap();
+    let program = format!("{PRELUDE}{ECHO}");
+    let mut server = within("start", sandbox.exec_stream("python3", ["-c", &program])).await.unwrap();
+    assert_eq!(next_output(&mut server).await, "serves\n");
+    // One from the guest, and the others to it.
+    let program = format!("{PRELUDE}s = connect(5000)\nprint(s.recv(1))");
+    let mut caller = within("start", sandbox.exec_stream("python3", ["-c", &program])).await.unwrap();
+    let (mut called, _) = within("accept", listener.accept()).await.unwrap();
+    let mut streams = Vec::new();
+    for number in 0..MOST {
+        let mut stream = within("connect", sandbox.connect_vsock(6000)).await.unwrap();
+        echo(&mut stream, number).await;
+        streams.push(stream);
+    }
+    let refused = within("connect", sandbox.connect_vsock(6000)).await;
+    let Err(Error::VsockUnreachable { why, .. }) = &refused else { panic!("{refused:?}") };
+    assert_eq!(why, "too many connections");
+    let refused = "s = None\n\
+                   try:\n    \
+                       s = connect(5000)\n    \
+                       print(s.recv(1))\n\
+                   except OSError as error: print(errno.errorcode[error.errno])";
+    let told = script(&sandbox, refused).await;
+    // Whether the guest has seen for a moment that it is connected is its own to say.
+    assert!(told == "ECONNRESET\n" || told == "b''\n", "{told}");
+    let came = tokio::time::timeout(std::time::Duration::from_millis(500), listener.accept()).await;
+    assert!(came.is_err(), "one more came: {came:?}");
+    for (stream, number) in streams.iter_mut().zip(1..) {
+        echo(stream, number).await;
+    }
+    // One less is room for one more.
+    drop(streams.pop());
+    let mut again = loop {
+        match within("connect", sandbox.connect_vsock(6000)).await {
+            Ok(stream) => break stream,
+            Err(error) => assert!(error.to_string().contains("too many"), "{error}"),
+        }
+    };
+    echo(&mut again, 1).await;
+    called.write_all(b"!").await.unwrap();
+    assert_eq!(next_output(&mut caller).await, "b'!'\n");
+    discard(sandbox).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_is_used_does_not_hold_the_idle_time_out() {
+    let sandbox = within("create", builder(&name("vsock-idle")).idle_timeout(3).create()).await.unwrap();
+    // It runs in no session, which would hold it.
+    let program = format!("{PRELUDE}{ECHO}").replace("print('serves', flush=True)", "open('/serves', 'w')");
+    within("write", sandbox.fs().write("/server.py", program)).await.unwrap();
+    let start =
+        "setsid python3 /server.py < /dev/null > /dev/null 2>&1 & until [ -e /serves ]; do sleep 0.1; done";
+    cubby_tests::shell(&sandbox, start).await;
+    let mut stream = within("connect", sandbox.connect_vsock(6000)).await.unwrap();
+    let mut told = 0;
+    let talking = async {
+        // As often as it goes, until the stream's end.
+        while stream.write_all(b"?").await.is_ok() && stream.read_u8().await.is_ok() {
+            told += 1;
+        }
+    };
+    let ended = async { within("the end", sandbox.wait()).await.unwrap().reason };
+    let ((), reason) = tokio::join!(within("talk", talking), ended);
+    assert_eq!(reason, cubbyhole::ExitReason::IdleTimeout);
+    assert!(told > 10, "{told} answers in three seconds");
+    Sandbox::remove(sandbox.name()).await.unwrap();
+}
