@@ -27,6 +27,7 @@ mod logs;
 mod many;
 mod metrics;
 mod network;
+mod network_ends;
 mod network_live;
 mod ordinary_user;
 mod policies;
