@@ -197,5 +197,21 @@ async fn whatever_goes_wrong_no_byte_is_lost_and_nothing_is_left() {
     assert!(ended.success(), "{ended:?}");
     within("signal", inwards.signal(9)).await.unwrap();
     assert_eq!(within("the end of who answered", inwards.wait()).await.unwrap().signal, Some(9));
+    // Whatever was answered after that.
+    tally.check();
+    // The host's count agrees: every byte has gone by, everybody who sent what is no frame was seen, and no limit was met.
+    let network = async || within("metrics", sandbox.metrics()).await.unwrap().host_network.unwrap();
+    until("the connections' end", async || network().await.tcp_open == 0).await;
+    let network = network().await;
+    println!("{network:?}");
+    let streams =
+        told.split_once(' ').map(|(streams, bytes)| [streams, bytes].map(|it| it.parse::<u64>().unwrap()));
+    let [streams, bytes] = streams.unwrap_or_else(|| panic!("{told}"));
+    assert!(network.received_bytes > bytes, "{network:?}");
+    assert!(network.sent_bytes > tally.bytes.load(Ordering::Relaxed), "{network:?}");
+    assert!(network.tcp_opened > streams, "{network:?}");
+    let dropped = network.dropped;
+    assert!(dropped.malformed > 0 && dropped.checksum > 0 && dropped.ignored > 0, "{dropped:?}");
+    assert_eq!((dropped.refused, network.limited), (0, 0), "{network:?}");
     discard(sandbox).await;
 }
