@@ -7,9 +7,11 @@
 
 pub mod internet;
 mod memory;
+mod repeats;
 
 pub use cubby_traffic::random;
 pub use memory::own_kib;
+pub use repeats::REPEATS;
 
 use std::fs;
 use std::path::{Path, PathBuf};
