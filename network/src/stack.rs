@@ -356,6 +356,12 @@ impl Stack {
         Ok(())
     }
 
+    /// The guest is gone, and nothing else is called any more: connections whose end it has said are closed, and all others
+    /// reset. A stack that is only dropped closes all of them, as if all had been said.
+    pub fn end(&mut self) {
+        self.tcp.end();
+    }
+
     /// When [`Stack::on_time`] is to be called; it changes with every other call. A time that has passed means at
     /// once.
     #[must_use]

@@ -133,7 +133,7 @@ fn a_stack_that_ends_ends_those_in_order_who_have_heard_all() {
             guest.tcp(socket).close();
             guest.until("the end is heard", |guest| guest.tcp(socket).state() == State::FinWait2);
         }
-        drop(guest);
+        guest.stack.end();
         go.send(()).unwrap();
         server.join().unwrap();
     }

@@ -349,6 +349,10 @@ impl NetBackend for Plug {
     fn paused_for(&mut self, time: Duration) {
         self.paused += time;
     }
+
+    fn ended(&mut self) {
+        self.stack.end();
+    }
 }
 
 impl Backend for Plug {

@@ -234,7 +234,7 @@ async fn there_are_so_many_streams_and_one_more_harms_none_of_them() {
     assert!(told == "ECONNRESET\n" || told == "b''\n", "{told}");
     let came = tokio::time::timeout(std::time::Duration::from_millis(500), listener.accept()).await;
     assert!(came.is_err(), "one more came: {came:?}");
-    for (stream, number) in streams.iter_mut().zip(1..) {
+    for (stream, number) in streams.iter_mut().zip(1..=MOST) {
         echo(stream, number).await;
     }
     // One less is room for one more.

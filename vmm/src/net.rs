@@ -64,6 +64,9 @@ pub trait NetBackend: Backend {
     fn paused_for(&mut self, time: Duration) {
         let _ = time;
     }
+
+    /// The VM has ended, and all its frames have been given: the last call.
+    fn ended(&mut self) {}
 }
 
 /// The card of a VM.
@@ -255,9 +258,16 @@ impl Rounds {
                 Err(_) => return,
             };
             let events = events.get(..count).unwrap_or(&[]);
-            let Some(mut card) = self.card_to_work() else { return };
+            let Some(mut card) = self.card_to_work() else { return self.end() };
             more = self.round(&mut card, events, more) == Progress::More;
         }
+    }
+
+    /// What the guest has said last may still be in its queue.
+    fn end(&self) {
+        let mut card = lock(&self.card);
+        let _ = card.kick(TX);
+        card.backend_mut().ended();
     }
 
     /// The card, as soon as the order is to work; `None` if it is to end.

@@ -240,14 +240,6 @@ impl Connection {
     }
 }
 
-/// A stack that ends takes its connections with it.
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // What the guest has not said to its end must not look whole to the peer.
-        self.close(!self.shut);
-    }
-}
-
 /// Gives bytes to the host's end; returns how many it took.
 fn pass(far: &mut Far, writable: &mut bool, broken: &mut bool, bytes: &[u8]) -> usize {
     match far {

@@ -439,6 +439,15 @@ impl Table {
         self.settle(id, shared);
     }
 
+    /// The guest is gone. What it has not said to its end must not look whole to the peer.
+    pub(crate) fn end(&mut self) {
+        for id in self.connections.indices() {
+            if let Some(connection) = self.connections.get_mut(id) {
+                connection.close(!connection.shut);
+            }
+        }
+    }
+
     /// Breaks off what the policy no longer allows, and tells of it.
     pub(crate) fn apply_policy(&mut self, shared: &mut Shared) {
         for id in self.connections.indices() {

@@ -22,6 +22,7 @@ enum Seen {
     Elapsed,
     Paused,
     Gave,
+    Ended,
     Dropped,
 }
 
@@ -92,6 +93,10 @@ impl NetBackend for Net {
         if time >= A_WHILE {
             let _ = self.seen.send(Seen::Paused);
         }
+    }
+
+    fn ended(&mut self) {
+        let _ = self.seen.send(Seen::Ended);
     }
 }
 
@@ -224,13 +229,14 @@ fn a_link_that_comes_back_brings_what_waited() {
 }
 
 #[test]
-fn dropping_the_worker_ends_its_thread_parked_or_not() {
+fn dropping_the_worker_ends_its_thread_parked_or_not_and_after_the_last_frame() {
     for park in [false, true] {
         let mut rig = Rig::new(None);
         if park {
             rig.worker().park();
         }
+        rig.send(300);
         rig.worker = None;
-        rig.sees(&[Seen::Dropped]);
+        rig.sees(&[Seen::Sent(300), Seen::Ended, Seen::Dropped]);
     }
 }
