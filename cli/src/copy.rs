@@ -1,7 +1,7 @@
 //! `cp`: files between this computer and a sandbox, by docker's rules.
 
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -30,6 +30,20 @@ pub async fn copy(cp: Cp) -> Result<u8, Failure> {
             let target = target(&path, source.is_dir(), &to, here(&to)?)?;
             fs.copy_out_with(&path, target, |options| chosen(&cp, options)).await?
         }
+        (Place::Stream, Place::There { name, path }) => {
+            if io::stdin().is_terminal() {
+                return Err(Failure::new("standard input is a terminal: tar -c DIR | cubby cp - NAME:PATH"));
+            }
+            let fs = Sandbox::get(&name).await?.fs();
+            fs.unpack(io::stdin(), path, |options| chosen(&cp, options)).await?
+        }
+        (Place::There { name, path }, Place::Stream) => {
+            if io::stdout().is_terminal() {
+                return Err(Failure::new("standard output is a terminal: cubby cp NAME:PATH - | tar -x"));
+            }
+            let fs = Sandbox::get(&name).await?.fs();
+            fs.pack(path, io::stdout(), |options| chosen(&cp, options)).await?
+        }
         (Place::There { name, .. }, Place::There { name: other, .. }) => {
             let remedy = if name == other {
                 format!("cubby exec {name} cp -a does that")
@@ -38,7 +52,7 @@ pub async fn copy(cp: Cp) -> Result<u8, Failure> {
             };
             return Err(Failure::new(format!("one of the two has to be here: {remedy}")));
         }
-        (Place::Here(_), Place::Here(_)) => {
+        (Place::Here(_) | Place::Stream, Place::Here(_) | Place::Stream) => {
             return Err(Failure::new("neither is in a sandbox: write NAME:PATH for the one that is"));
         }
     };
@@ -65,13 +79,21 @@ fn unreadable(path: &Path, error: &io::Error) -> Failure {
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
     Here(PathBuf),
-    There { name: String, path: PathBuf },
+    /// `-`: a tar archive on standard input or output.
+    Stream,
+    There {
+        name: String,
+        path: PathBuf,
+    },
 }
 
 impl Place {
     /// `NAME:PATH` is in a sandbox. What begins with `/` or `.`, or has a slash before its first colon, is here.
     fn of(word: &OsStr) -> Self {
         let bytes = word.as_bytes();
+        if bytes == b"-" {
+            return Self::Stream;
+        }
         let colon = bytes.iter().position(|byte| *byte == b':').filter(|colon| *colon > 0);
         let split = colon.and_then(|colon| Some((bytes.get(..colon)?, bytes.get(colon + 1..)?)));
         match split.and_then(|(name, path)| Some((std::str::from_utf8(name).ok()?, path))) {
@@ -144,6 +166,8 @@ mod tests {
             ("dir/a:b", Place::Here("dir/a:b".into())),
             (":b", Place::Here(":b".into())),
             ("plain", Place::Here("plain".into())),
+            ("-", Place::Stream),
+            ("./-", Place::Here("./-".into())),
         ] {
             assert_eq!(Place::of(OsStr::new(word)), expected, "{word}");
         }

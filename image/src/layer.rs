@@ -3,5 +3,5 @@
 pub(crate) mod apply;
 mod pax;
 pub(crate) mod stream;
-pub(crate) mod tar;
+pub mod tar;
 pub(crate) mod tree;

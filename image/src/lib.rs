@@ -38,6 +38,7 @@ mod store;
 pub use config::ImageConfig;
 pub use digest::{Digest, InvalidDigest};
 pub use error::Error;
+pub use layer::tar;
 pub use options::{Credentials, Limits, Platform, Progress, ProgressSink, PullOptions, PullPolicy};
 pub use reference::Reference;
 pub use store::{Hold, Image, Removal, Store, Stored};

@@ -257,6 +257,12 @@ pub enum Error {
         /// What it said.
         name: std::ffi::OsString,
     },
+    /// A tar archive cannot be unpacked or written ([`Fs::unpack`](crate::Fs::unpack), [`Fs::pack`](crate::Fs::pack)).
+    #[error("the archive: {source}")]
+    Archive {
+        /// What is wrong with it (`InvalidData`), or why it cannot be read or written.
+        source: std::io::Error,
+    },
     /// A file of the sandbox, or one of this computer that is copied.
     #[error("{path}: {source}")]
     File {

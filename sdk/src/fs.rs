@@ -9,8 +9,11 @@ mod copy_out;
 mod directory;
 mod metadata;
 mod options;
+mod pack;
 mod pieces;
 mod reader;
+mod tar_header;
+mod unpack;
 mod writer;
 
 use std::ffi::OsString;
@@ -41,6 +44,9 @@ const LIST_LIMIT: usize = 1 << 20;
 const EFBIG: i32 = 27;
 const ENOENT: i32 = 2;
 const ENOTDIR: i32 = 20;
+
+/// And of a name that is taken.
+const EEXIST: i32 = 17;
 
 /// A sandbox's files ([`Sandbox::fs`](crate::Sandbox::fs)).
 ///
@@ -299,6 +305,73 @@ impl Fs {
         let mut chosen = CopyOptions::default();
         options(&mut chosen);
         copy_out::copy(self, guest.as_ref(), host.as_ref(), chosen).await
+    }
+
+    /// Unpacks a tar archive into a directory of the guest, while it is read: ustar, PAX and GNU, not compressed. Modes,
+    /// times of writing, symbolic links and holes are kept, and what is new belongs to root, unless the options keep owners.
+    /// Directories that are missing are made, files and links that are there are replaced; `guest` itself must be there and
+    /// stays as it is. Hard links become files of their own, extended attributes are left out, and devices and FIFOs are
+    /// told as skipped, by their names in the archive.
+    ///
+    /// Names are taken from `guest` on. One that leads out of it, by `..` or through a symbolic link that the archive itself
+    /// has made, is [`Error::Archive`], as is what is no archive or ends too early. What came before that is there. Links
+    /// of the guest's own are followed, as by [`Self::copy_in`].
+    ///
+    /// The archive is read on a thread of its own, which may wait in it for ever: whoever calls this off goes on at once. An
+    /// archive may have about 64 MiB of names of directories and symbolic links.
+    ///
+    /// ```no_run
+    /// # async fn example(fs: cubbyhole::Fs) -> Result<(), Box<dyn std::error::Error>> {
+    /// let copied = fs.unpack(std::fs::File::open("site.tar")?, "/srv", |o| o).await?;
+    /// println!("{} files", copied.files);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn unpack(
+        &self,
+        archive: impl std::io::Read + Send + 'static,
+        guest: impl AsRef<Path>,
+        options: impl FnOnce(&mut CopyOptions) -> &mut CopyOptions,
+    ) -> R<Copied> {
+        let mut chosen = CopyOptions::default();
+        options(&mut chosen);
+        unpack::unpack(self, archive, guest.as_ref(), chosen).await
+    }
+
+    /// Packs a file, or a directory with all that is in it, into a tar archive (ustar with PAX headers), while it is
+    /// written: under its own name, or as `.` if the path ends in `/.`. Modes but for set-user-id, set-group-id and
+    /// sticky, owners, times of writing and symbolic links are kept; holes are written as zeroes, and each hard link is a
+    /// file of its own. A file that changes while it is read is cut, or filled with zeroes, to the size that it had.
+    ///
+    /// Whatever the guest does, no name in the archive leads up, is there twice in its directory, or lies below a link. The
+    /// archive is written on a thread of its own. Fails with [`Error::Archive`] if it cannot be.
+    ///
+    /// ```no_run
+    /// # async fn example(fs: cubbyhole::Fs) -> Result<(), Box<dyn std::error::Error>> {
+    /// fs.pack("/var/log", std::fs::File::create("log.tar")?, |o| o).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn pack(
+        &self,
+        guest: impl AsRef<Path>,
+        archive: impl std::io::Write + Send + 'static,
+        options: impl FnOnce(&mut CopyOptions) -> &mut CopyOptions,
+    ) -> R<Copied> {
+        let mut chosen = CopyOptions::default();
+        options(&mut chosen);
+        pack::pack(self, guest.as_ref(), archive, chosen).await
+    }
+
+    /// Makes a symbolic link, in the place of a file or link that is there.
+    async fn link_over(&self, target: &Path, link: &Path) -> R<()> {
+        match self.symlink(target, link).await {
+            Err(Error::Fs { errno: EEXIST, .. }) => {
+                self.remove(link).await?;
+                self.symlink(target, link).await
+            }
+            result => result,
+        }
     }
 
     /// Sets attributes.

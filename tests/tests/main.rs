@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unwrap_used)]
 
+mod archive;
 mod bad_input;
 mod boot;
 mod card;

@@ -55,7 +55,7 @@ impl<'a> Applier<'a> {
         stream.next_layer(diff_id);
         let before = stream.bytes();
         let mut archive = Archive::new(&mut *stream, self.options.limits.max_header);
-        while let Some(entry) = archive.next().map_err(|e| self.broken(e))? {
+        while let Some(entry) = archive.next_entry().map_err(|e| self.broken(e))? {
             self.entry(entry, &mut archive)?;
         }
         io::copy(stream, &mut io::sink()).map_err(|e| self.broken(e))?;

@@ -1,10 +1,10 @@
-//! Reads tar archives as image layers use them: ustar, PAX and GNU (long names, base-256 numbers, all four
+//! Reads tar archives, those of image layers and any other: ustar, PAX and GNU (long names, base-256 numbers, all four
 //! sparse formats), with names as raw bytes. The contents of files are lent out of the decompressor's
 //! own buffers, so that nothing is copied on the way.
 //!
 //! Refused with [`Malformed`]: wrong header checksums, numbers that do not parse, oversized extended headers,
 //! sparse maps that overlap or overrun, entry types that no file system has. What the archive says about
-//! paths is not judged here; `apply` does that.
+//! paths is not judged here; whoever unpacks it does that.
 use std::{
     collections::BTreeMap,
     io::{self, BufRead, Read},
@@ -18,45 +18,63 @@ const MAX_SEGMENTS: usize = 1 << 18;
 
 /// What an archive entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
+    /// A regular file.
     File,
+    /// Another name of an earlier entry's file.
     HardLink,
+    /// A symbolic link.
     Symlink,
+    /// A character device.
     Char,
+    /// A block device.
     Block,
+    /// A directory.
     Dir,
+    /// A named pipe.
     Fifo,
 }
 
 /// A point in time, as tar and EROFS have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub(crate) struct Time {
-    pub(crate) seconds: i64,
-    pub(crate) nanos: u32,
+pub struct Time {
+    /// Seconds since the Unix epoch.
+    pub seconds: i64,
+    /// Nanoseconds of the second, below a milliard.
+    pub nanos: u32,
 }
 
 /// One entry's header.
 #[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) path: Vec<u8>,
-    pub(crate) link: Vec<u8>,
-    pub(crate) kind: Kind,
-    pub(crate) mode: u16,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) mtime: Time,
-    pub(crate) device: (u32, u32),
+pub struct Entry {
+    /// Its name as the archive has it: any bytes but NUL, whatever way they lead.
+    pub path: Vec<u8>,
+    /// What a symbolic link says, or which entry a hard link is another name of.
+    pub link: Vec<u8>,
+    /// What it is.
+    pub kind: Kind,
+    /// Permissions, set-user-id, set-group-id and sticky: twelve bits.
+    pub mode: u16,
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// When it was last written.
+    pub mtime: Time,
+    /// A device's major and minor number.
+    pub device: (u32, u32),
     /// Bytes of the file that the entry makes.
-    pub(crate) size: u64,
+    pub size: u64,
     /// Where the archive's bytes belong in a sparse file, as (offset, length), rising; `None` if not sparse.
-    pub(crate) segments: Option<Vec<(u64, u64)>>,
-    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub segments: Option<Vec<(u64, u64)>>,
+    /// Extended attributes.
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 /// The archive breaks the format.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct Malformed(pub(crate) String);
+pub struct Malformed(pub(crate) String);
 
 impl From<Malformed> for io::Error {
     fn from(error: Malformed) -> Self {
@@ -69,7 +87,8 @@ fn malformed<T>(why: impl Into<String>) -> io::Result<T> {
 }
 
 /// An archive being read. Its errors are those of the reader, or carry a [`Malformed`].
-pub(crate) struct Archive<R> {
+#[derive(Debug)]
+pub struct Archive<R> {
     reader: R,
     /// Bytes of the current entry's data not yet taken.
     remaining: u64,
@@ -81,12 +100,12 @@ pub(crate) struct Archive<R> {
 
 impl<R: BufRead> Archive<R> {
     /// Reads from `reader`; extended headers and long names may have `max_header` bytes each.
-    pub(crate) fn new(reader: R, max_header: u64) -> Self {
+    pub fn new(reader: R, max_header: u64) -> Self {
         Self { reader, remaining: 0, padding: 0, max_header, ended: false }
     }
 
     /// The next entry, or `None` at the end of the archive; what follows the end is read and dropped.
-    pub(crate) fn next(&mut self) -> io::Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         let mut pax = Pax::default();
         let (mut long_name, mut long_link) = (None, None);
         loop {
@@ -106,7 +125,7 @@ impl<R: BufRead> Archive<R> {
     }
 
     /// The next piece of the current entry's data; empty at its end. Call [`Self::consume`] with what was used.
-    pub(crate) fn data(&mut self) -> io::Result<&[u8]> {
+    pub fn data(&mut self) -> io::Result<&[u8]> {
         if self.remaining == 0 {
             return Ok(&[]);
         }
@@ -119,7 +138,7 @@ impl<R: BufRead> Archive<R> {
     }
 
     /// Takes `amount` bytes of the last piece that [`Self::data`] gave.
-    pub(crate) fn consume(&mut self, amount: usize) {
+    pub fn consume(&mut self, amount: usize) {
         self.reader.consume(amount);
         self.remaining = self.remaining.saturating_sub(amount as u64);
     }

@@ -126,7 +126,7 @@ fn same_tag(have: &str, want: &str) -> bool {
 fn list(section: Section) -> io::Result<HashMap<Vec<u8>, Member>> {
     let mut members = HashMap::new();
     let mut archive = tar::Archive::new(BufReader::new(section), 1 << 20);
-    while let Some(entry) = archive.next()? {
+    while let Some(entry) = archive.next_entry()? {
         let at = archive.reader().stream_position()?;
         let skip = archive.leave_data();
         archive.reader().seek_relative(i64::try_from(skip).unwrap_or(i64::MAX))?;

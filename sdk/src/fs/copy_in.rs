@@ -13,10 +13,7 @@ use rustix::io::Errno;
 use super::options::Listener;
 use super::pieces::{Piece, Source, on_host};
 use super::{Copied, CopyOptions, FileWriter, Fs, WriteOptions, bytes};
-use crate::error::{Error, R};
-
-/// What Linux says of a name that is taken.
-const EEXIST: i32 = 17;
+use crate::error::R;
 
 struct Copy<'a> {
     fs: &'a Fs,
@@ -78,13 +75,7 @@ impl Copy<'_> {
     async fn link(&mut self, from: &Path, to: &Path, found: &Metadata) -> R<()> {
         let path = from.to_owned();
         let target = on_host(from, move || std::fs::read_link(path)).await?;
-        match self.fs.symlink(&target, to).await {
-            Err(Error::Fs { errno: EEXIST, .. }) => {
-                self.fs.remove(to).await?;
-                self.fs.symlink(&target, to).await?;
-            }
-            result => result?,
-        }
+        self.fs.link_over(&target, to).await?;
         self.copied.links += 1;
         let attributes = FileAttributes { mode: None, ..self.attributes(found) };
         let request = FileRequest::SetAttributes { path: bytes(to), follow: false, attributes };

@@ -26,13 +26,13 @@ use super::{Copied, CopyOptions, DirEntry, EFBIG, FileKind, FileReader, Fs, Meta
 use crate::error::{Error, R};
 
 /// How many entries one call copies. No guest makes a host's memory grow beyond what these take.
-const ENTRIES: u64 = 2_000_000;
+pub(super) const ENTRIES: u64 = 2_000_000;
 
 /// How long a path of the guest's can be (`PATH_MAX`, limits.h).
-const PATH_MAX: usize = 4096;
+pub(super) const PATH_MAX: usize = 4096;
 
 /// What Linux says of a longer one.
-const ENAMETOOLONG: i32 = 36;
+pub(super) const ENAMETOOLONG: i32 = 36;
 
 const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
