@@ -296,10 +296,11 @@ pub struct Exec {
 /// `cubby cp`
 #[derive(Debug, Args)]
 #[command(
-    override_usage = "cubby cp [OPTIONS] PATH NAME:PATH\n       cubby cp [OPTIONS] NAME:PATH PATH",
+    override_usage = "cubby cp [OPTIONS] PATH|- NAME:PATH\n       cubby cp [OPTIONS] NAME:PATH PATH|-",
     after_help = "Examples:\n  cubby cp program.py box:/root/\n  cubby cp box:/var/log ./logs\n  \
-                  cubby cp site/. box:/srv/www\n\nA directory goes with all that is in it: into DST if that is a directory, else \
-                  as DST.\nDIR/. is what is in DIR. Paths in a sandbox begin at its root."
+                  cubby cp site/. box:/srv/www\n  tar -c site | cubby cp - box:/srv\n  cubby cp box:/var/log - | tar -t\n\nA directory goes with all that is in it: into DST if that is a directory, else \
+                  as DST.\nDIR/. is what is in DIR. Paths in a sandbox begin at its root.\n\n- is a tar \
+                  archive, unpacked from standard input into a directory that is there, or written to standard output."
 )]
 pub struct Cp {
     /// Keep users and groups; otherwise copies belong to root there, and to you here
@@ -308,10 +309,10 @@ pub struct Cp {
     /// Show no progress
     #[arg(short, long)]
     pub quiet: bool,
-    /// From
+    /// From; - is a tar archive on standard input
     #[arg(value_name = "SRC")]
     pub from: OsString,
-    /// To
+    /// To; - is a tar archive on standard output
     #[arg(value_name = "DST")]
     pub to: OsString,
 }
@@ -336,7 +337,10 @@ pub struct Attach {
 
 /// `cubby logs`
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  cubby logs -f box\n  cubby logs --tail 20 --since 10m --timestamps box")]
+#[command(
+    after_help = "Examples:\n  cubby logs -f box\n  cubby logs --tail 20 --since 10m --timestamps box\n  \
+                            cubby logs --source console box\n  cubby logs --json box | jq -r .text"
+)]
 pub struct Logs {
     /// The sandbox
     pub name: String,
@@ -355,6 +359,25 @@ pub struct Logs {
     /// Only what this session has written
     #[arg(long)]
     pub session: Option<u32>,
+    /// Only what comes from there; may be given more than once
+    #[arg(long, value_name = "SOURCE", value_enum)]
+    pub source: Vec<Source>,
+    /// Print JSON, an object on each line
+    #[arg(long, conflicts_with = "timestamps")]
+    pub json: bool,
+}
+
+/// Where a line of a log comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Source {
+    /// Standard output of commands without a terminal
+    Stdout,
+    /// Standard error of commands without a terminal
+    Stderr,
+    /// Terminals of commands
+    Terminal,
+    /// The guest's console
+    Console,
 }
 
 /// Which of our streams the command gets.

@@ -43,19 +43,9 @@ pub async fn emit(name: &str, event: &str, data: &str) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// An event as a line of JSON in which nothing could make a terminal do something: control characters are found in
-/// strings only, and JSON has an escape for them that means the same.
 fn line(event: &cubbyhole::Event) -> Result<String, Failure> {
     let text = serde_json::to_string(event).map_err(|error| Failure::new(error.to_string()))?;
-    let mut line = String::with_capacity(text.len() + 1);
-    for c in text.chars() {
-        match c.is_control() {
-            true => line.push_str(&format!("\\u{:04x}", u32::from(c))),
-            false => line.push(c),
-        }
-    }
-    line.push('\n');
-    Ok(line)
+    Ok(output::json_line(&text))
 }
 
 #[cfg(test)]

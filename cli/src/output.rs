@@ -51,6 +51,20 @@ pub fn print_json(value: &serde_json::Value) -> Result<u8, Failure> {
     print(format!("{value:#}\n").as_bytes())
 }
 
+/// JSON on one line, in which nothing could make a terminal do something: control characters are found in strings only,
+/// and JSON has an escape for them that means the same.
+pub fn json_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        match c.is_control() {
+            true => line.push_str(&format!("\\u{:04x}", u32::from(c))),
+            false => line.push(c),
+        }
+    }
+    line.push('\n');
+    line
+}
+
 /// Standard output cannot be written.
 pub fn unwritten(error: &io::Error) -> Failure {
     match error.kind() {

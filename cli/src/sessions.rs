@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio_stream::StreamExt;
 
 use crate::amount::duration;
-use crate::arguments::{Attach, Logs};
+use crate::arguments::{Attach, Logs, Source};
 use crate::failure::Failure;
 use crate::output::{self, Colour};
 use crate::session::{self, Ended};
@@ -113,7 +113,7 @@ pub async fn logs(logs: Logs) -> Result<u8, Failure> {
         since: logs.since,
         tail: logs.tail.0,
         session: logs.session,
-        sources: Vec::new(),
+        sources: logs.source.into_iter().map(source).collect(),
     };
     let mut lines = sandbox.logs(options).await?;
     let interrupted = tokio::signal::ctrl_c();
@@ -124,10 +124,40 @@ pub async fn logs(logs: Logs) -> Result<u8, Failure> {
             _ = &mut interrupted => return Ok(130),
         };
         match line {
+            Some(line) if logs.json => {
+                output::print(output::json_line(&told(&line).to_string()).as_bytes()).map(drop)?
+            }
             Some(line) => print(&line, logs.timestamps)?,
             None => return Ok(0),
         }
     }
+}
+
+fn source(source: Source) -> LogSource {
+    match source {
+        Source::Stdout => LogSource::Stdout,
+        Source::Stderr => LogSource::Stderr,
+        Source::Terminal => LogSource::Terminal,
+        Source::Console => LogSource::Console,
+    }
+}
+
+fn told(line: &LogLine) -> Value {
+    let source = match line.source {
+        LogSource::Stdout => "stdout",
+        LogSource::Stderr => "stderr",
+        LogSource::Terminal => "terminal",
+        LogSource::Console => "console",
+        LogSource::Gap => "gap",
+        _ => "unknown",
+    };
+    json!({
+        "at": rfc3339(line.at),
+        "source": source,
+        "session": line.session,
+        "text": line.text(),
+        "ended": line.ended,
+    })
 }
 
 /// Writes a line where its command wrote it.

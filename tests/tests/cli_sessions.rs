@@ -58,6 +58,19 @@ async fn a_detached_command_is_listed_joined_and_ends_with_its_code() {
     let (time, words) = line.split_once(' ').unwrap();
     assert!(time.ends_with('Z') && time.starts_with("20") && words == "got a word", "{line:?}");
     assert_eq!(printed(&cubby(&["logs", "--since", "2100-01-01", name]).await), "");
+    // By stream, for programs.
+    let logs = cubby(&["logs", "--json", "--source", "stdout", "--session", &id, name]).await;
+    let lines: Vec<Value> = printed(&logs).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().map(|line| &line["text"]).collect::<Vec<_>>(), ["begin", "got a word"]);
+    let number: u64 = id.parse().unwrap();
+    for line in lines {
+        assert!(line["source"] == "stdout" && line["session"] == number && line["ended"] == true, "{line}");
+        assert!(line["at"].as_str().is_some_and(|at| at.ends_with('Z')), "{line}");
+    }
+    for other in ["stderr", "console"] {
+        let logs = cubby(&["logs", "--source", other, "--session", &id, name]).await;
+        assert_eq!(printed(&logs), "", "{other}");
+    }
     Sandbox::remove(name).await.unwrap();
     assert_ended(&cubby(&["logs", name]).await, 1);
 }
