@@ -258,13 +258,13 @@ pub enum Error {
         name: std::ffi::OsString,
     },
     /// A tar archive cannot be unpacked or written ([`Fs::unpack`](crate::Fs::unpack), [`Fs::pack`](crate::Fs::pack)).
-    #[error("the archive: {source}")]
+    #[error("cannot use the tar archive")]
     Archive {
         /// What is wrong with it (`InvalidData`), or why it cannot be read or written.
         source: std::io::Error,
     },
     /// A file of the sandbox, or one of this computer that is copied.
-    #[error("{path}: {source}")]
+    #[error("cannot use {path}")]
     File {
         /// The file.
         path: PathBuf,

@@ -143,7 +143,7 @@ async fn an_archive_that_leads_out_or_is_none_is_refused() {
         (&directory, "\"a/\" leads out"),
         (b"", "it is empty"),
         (b"\x1f\x8b\x08\0", "gunzip it first"),
-        (&[b'x'; 2048], "checksum"),
+        (&[b'x'; 2048], "a header field is not a number"),
         (&plain[..300], "ends inside a header"),
         (&plain[..2048], "ends inside a file"),
     ] {
@@ -151,7 +151,7 @@ async fn an_archive_that_leads_out_or_is_none_is_refused() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{why}: {said}");
         assert!(
-            said.starts_with("error: ") && said.contains(why) && said.lines().count() == 1,
+            said.starts_with("error: cannot use the tar archive: ") && said.matches(why).count() == 1,
             "{why}: {said}"
         );
     }
