@@ -39,6 +39,11 @@ pub const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
 const TX: usize = 1;
 
+/// Frames, and bytes in a round, of whose end a patient card does not tell: what a guest sends that waits for an answer. Who
+/// sends more may wait for the room that it takes.
+const MAX_UNTOLD: u32 = 4;
+const LITTLE: usize = 2 << 10;
+
 /// Bytes moved in one direction after which a kick lets others have the device: a pause waits for no more than that.
 const ROUND: usize = 1 << 20;
 
@@ -98,6 +103,9 @@ pub struct Net<B> {
     queues: [Option<Queue>; 2],
     /// The backend had no room for the guest's next frame.
     full: bool,
+    /// See [`Net::be_patient`]; and the guest's frames of whose end it has not been told.
+    patient: bool,
+    untold: u32,
     counters: Counters,
 }
 
@@ -118,7 +126,30 @@ impl<B: Backend> Net<B> {
             merges: false,
             queues: [None, None],
             full: false,
+            patient: false,
+            untold: 0,
             counters: Counters::default(),
+        }
+    }
+
+    /// Lets the guest hear that a small frame of its own is done with the answer to it, which spares a guest that asks and
+    /// is answered one of two interrupts. The owner promises to call [`Net::tell`] about a millisecond after
+    /// [`Net::has_untold`], for the guest frees what it sent only then, and may not send more before.
+    pub fn be_patient(&mut self) {
+        self.patient = true;
+    }
+
+    /// Whether frames of the guest are done of which it has not been told.
+    pub fn has_untold(&self) -> bool {
+        self.untold > 0
+    }
+
+    /// Tells the guest of them.
+    pub fn tell(&mut self) {
+        if std::mem::take(&mut self.untold) > 0
+            && let [_, Some(queue)] = &mut self.queues
+        {
+            queue.interrupt();
         }
     }
 
@@ -211,6 +242,7 @@ impl<B: Backend> Net<B> {
                     Sent::Taken => self.counters.transmitted.count(len),
                     Sent::Full => {
                         self.full = true;
+                        self.untold = 0;
                         batch.put_back(chain);
                         return Progress::Idle;
                     }
@@ -222,7 +254,13 @@ impl<B: Backend> Net<B> {
                 batch.rest();
             }
         }
-        batch.progress()
+        let progress = batch.progress();
+        if self.patient && moved <= LITTLE && self.untold < MAX_UNTOLD {
+            self.untold += batch.end_quietly();
+        } else {
+            self.untold = 0;
+        }
+        progress
     }
 
     /// Gives the guest the backend's frames, one round at most.
@@ -267,7 +305,12 @@ impl<B: Backend> Net<B> {
                 batch.rest();
             }
         }
-        batch.progress()
+        let progress = batch.progress();
+        if batch.flush() {
+            // The driver looks at both queues.
+            self.untold = 0;
+        }
+        progress
     }
 }
 
@@ -322,6 +365,10 @@ impl<B: Backend> Device for Net<B> {
     }
 
     fn stop_queue(&mut self, index: usize) -> Option<QueueState> {
+        if index == TX {
+            // Who continues the queue does not know of them.
+            self.tell();
+        }
         self.queues.get_mut(index)?.take().map(Queue::stop)
     }
 
@@ -338,6 +385,7 @@ impl<B: Backend> Device for Net<B> {
 
     fn driver_gone(&mut self) {
         self.full = false;
+        self.untold = 0;
         self.backend.driver_gone();
     }
 }

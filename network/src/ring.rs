@@ -6,6 +6,11 @@ const SIZES: usize = 9;
 /// Memory that is kept for the next ring rather than given back.
 const KEPT: usize = 8 << 20;
 
+/// What a ring may hold while all together hold so much that the next one's memory would soon be the host's to give, which
+/// clears each page: more than what is under way to the guest, and one segment behind it.
+const FAIR: usize = 128 << 10;
+const CROWD: usize = KEPT / 2;
+
 /// What all rings together may hold.
 #[derive(Debug)]
 pub(crate) struct Pool {
@@ -28,6 +33,11 @@ impl Pool {
     /// Bytes that rings may still take.
     pub(crate) fn room(&self) -> usize {
         self.limit.saturating_sub(self.used)
+    }
+
+    /// Bytes that one ring may hold now.
+    pub(crate) fn share(&self) -> usize {
+        if self.used < CROWD { usize::MAX } else { FAIR }
     }
 
     fn take(&mut self, size: usize) -> Option<Box<[u8]>> {

@@ -117,8 +117,10 @@ impl Watch {
         self.0.ctl(operation, descriptor.as_raw_fd(), EpollEvent::new(events, token))
     }
 
+    /// Waits for each write to an event, which nobody reads: its count would have to be 2^64.
     fn own(&self, event: &EventFd, token: u64) -> io::Result<()> {
-        self.0.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
+        let each = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.0.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(each, token))
     }
 }
 
@@ -130,6 +132,9 @@ const TX: usize = 1;
 
 /// Events taken in one round.
 const EVENTS: usize = 64;
+
+/// How long the guest may wait to hear that a frame of its own is done ([`Net::be_patient`]).
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// What the thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,12 +200,16 @@ impl NetWorker {
         for (kick, token) in kicks.iter().zip(KICK..) {
             watch.own(kick, token).map_err(&failed)?;
         }
-        lock(&card).backend_mut().attach(watch.clone()).map_err(Error::resource("the network"))?;
+        {
+            let mut card = lock(&card);
+            card.be_patient();
+            card.backend_mut().attach(watch.clone()).map_err(Error::resource("the network"))?;
+        }
         let kick = kicks.get(RX).ok_or_else(|| io::Error::other("the card has no queues"));
         let kick = kick.and_then(EventFd::try_clone).map_err(&failed)?;
         let state = Mutex::new(State { order: Order::Work, since: None, untold: Duration::ZERO });
         let orders = Arc::new(Orders { state, changed: Condvar::new(), event });
-        let round = Rounds { card: card.clone(), kicks, watch, orders: orders.clone() };
+        let round = Rounds { card: card.clone(), _kicks: kicks, watch, orders: orders.clone() };
         let thread =
             threads.spawn(ThreadKind::Network, "net0".into(), move || round.run()).map_err(&failed)?;
         Ok(Self { card, kick, orders, thread: Some(thread) })
@@ -239,7 +248,8 @@ impl Drop for NetWorker {
 /// What the thread has.
 struct Rounds {
     card: Arc<Mutex<Card>>,
-    kicks: Vec<EventFd>,
+    /// Open as long as they are waited for.
+    _kicks: Vec<EventFd>,
     watch: Watch,
     orders: Arc<Orders>,
 }
@@ -249,9 +259,15 @@ impl Rounds {
         let mut events = [EpollEvent::default(); EVENTS];
         // Whether the round before this one left something undone.
         let mut more = false;
+        // Until when the guest may wait for news of its frames.
+        let mut untold: Option<Instant> = None;
         loop {
-            let deadline = lock(&self.card).backend().deadline();
-            let wait = if more { 0 } else { timeout(deadline, Instant::now()) };
+            let deadline = {
+                let card = lock(&self.card);
+                untold = card.has_untold().then(|| untold.unwrap_or_else(|| Instant::now() + PATIENCE));
+                [card.backend().deadline(), untold].into_iter().flatten().min()
+            };
+            let wait = if more { 0 } else { timeout(deadline) };
             let count = match self.watch.0.wait(wait, &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -260,6 +276,9 @@ impl Rounds {
             let events = events.get(..count).unwrap_or(&[]);
             let Some(mut card) = self.card_to_work() else { return self.end() };
             more = self.round(&mut card, events, more) == Progress::More;
+            if untold.is_some_and(|until| until <= Instant::now()) {
+                card.tell();
+            }
         }
     }
 
@@ -305,9 +324,7 @@ impl Rounds {
                     card.backend_mut().ready(event.data(), EventSet::from_bits_truncate(event.events()));
                 }
                 Some(queue) => {
-                    let queue = usize::try_from(queue).unwrap_or(usize::MAX);
-                    let _ = self.kicks.get(queue).map(EventFd::read);
-                    transmits |= queue == TX;
+                    transmits |= usize::try_from(queue) == Ok(TX);
                 }
             }
         }
@@ -319,8 +336,11 @@ impl Rounds {
 }
 
 /// Milliseconds until a deadline, rounded up, as `epoll_wait(2)` takes them.
-fn timeout(deadline: Option<Instant>, now: Instant) -> i32 {
-    let Some(deadline) = deadline else { return -1 };
+fn timeout(deadline: Option<Instant>) -> i32 {
+    deadline.map_or(-1, |deadline| milliseconds(deadline, Instant::now()))
+}
+
+fn milliseconds(deadline: Instant, now: Instant) -> i32 {
     let left = deadline.saturating_duration_since(now);
     i32::try_from(left.saturating_add(Duration::from_nanos(999_999)).as_millis()).unwrap_or(i32::MAX)
 }

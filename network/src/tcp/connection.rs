@@ -15,9 +15,12 @@ use crate::emit::Ends;
 use crate::ring::Pool;
 use crate::socket;
 
-/// How much is read at once, at least and at most; it doubles while the socket fills it.
+/// How much is read at once, at least and at most; it grows while the socket fills it.
 const READ: usize = 4 << 10;
 const MOST_READ: usize = 256 << 10;
+const GROWTH: usize = 4;
+/// After so much the guest gets its part before there is more.
+const ENOUGH: usize = 64 << 10;
 
 /// The host's end.
 #[derive(Debug)]
@@ -172,15 +175,16 @@ impl Connection {
     }
 
     /// Whether there is something to read that the guest has room for.
-    pub(super) fn is_hungry(&self) -> bool {
-        self.readable && !self.starved && matches!(self.far, Far::Open(_)) && self.near.appetite() > 0
+    pub(super) fn is_hungry(&self, pool: &Pool) -> bool {
+        let readable = self.readable && !self.starved && matches!(self.far, Far::Open(_));
+        readable && self.near.appetite(pool.share()) > 0
     }
 
     /// Reads for the guest. `false`: there is no memory for it.
     pub(super) fn fill(&mut self, pool: &mut Pool) -> bool {
         let Far::Open(stream) = &mut self.far else { return true };
         while self.readable {
-            let wanted = self.near.appetite().min(self.appetite);
+            let wanted = self.near.appetite(pool.share()).min(self.appetite);
             if wanted == 0 {
                 break;
             }
@@ -201,8 +205,10 @@ impl Connection {
                         self.readable = self.hung_up;
                         self.appetite = (self.appetite / 2).max(n).clamp(READ, MOST_READ);
                     } else {
-                        self.appetite = (self.appetite * 2).min(MOST_READ);
-                        break;
+                        self.appetite = (self.appetite * GROWTH).min(MOST_READ);
+                        if n >= ENOUGH {
+                            break;
+                        }
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

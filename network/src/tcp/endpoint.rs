@@ -19,6 +19,8 @@ use crate::ring::{Pool, Ring};
 pub(crate) const RECEIVE: usize = 512 << 10;
 /// The most bytes that wait for the guest's acknowledgement.
 pub(crate) const SEND: usize = 1 << 20;
+/// The most that is waited for to be sent at once.
+const BUNDLE: usize = 64 << 10;
 /// How our window is scaled: `RECEIVE` needs three.
 const SHIFT: u8 = 4;
 /// How long an acknowledgement takes at most, before it is taken for lost. The guest may be busy, but the link cannot be.
@@ -215,13 +217,16 @@ impl Endpoint {
         self.heard_all && self.receiving.is_empty()
     }
 
-    /// How many more bytes for the guest are worth having: its window, as far as it is not filled. For a closed window it is one,
-    /// to probe it for.
-    pub(crate) fn appetite(&self) -> usize {
+    /// How many more bytes for the guest are worth having, if `share` may be kept in all: its window, as far as it is not
+    /// filled. For a closed window it is one, to probe it for. While some are under way, few more are not worth asking for:
+    /// an acknowledgement will come.
+    pub(crate) fn appetite(&self, share: usize) -> usize {
         if self.phase != Phase::Open || self.finish {
             return 0;
         }
-        self.window.clamp(1, SEND).saturating_sub(self.sending.len())
+        let most = self.window.clamp(1, SEND.min(share));
+        let room = most.saturating_sub(self.sending.len());
+        if self.sending.is_empty() || room >= bundle(most) { room } else { 0 }
     }
 
     /// Where bytes for the guest go.
@@ -517,8 +522,10 @@ impl Endpoint {
         let unsent = self.sending.len().saturating_sub(sent);
         let usable = self.una.plus(self.window).since(self.next);
         let mut n = unsent.min(usable).min(most);
-        // A window that opens by little is waited for while there is something under way.
-        if n < unsent && n < usize::from(self.mss()) && sent > 0 {
+        // A window that opens by little is waited for while there is something under way: more than two segments, for
+        // fewer the guest does not acknowledge at once.
+        let little = bundle(self.window).max(usize::from(self.mss())).min(most);
+        if n < unsent && n < little && sent > 0 {
             n = 0;
         }
         let fin = self.finish && !self.finish_acked && n == unsent && sent <= self.sending.len();
@@ -601,6 +608,11 @@ impl Endpoint {
         (self.owed, self.owed_until) = (0, None);
         Outgoing { window, ..Outgoing::bare(seq, Some(self.expected)) }
     }
+}
+
+/// What is worth a segment of its own in a window of this size.
+fn bundle(window: usize) -> usize {
+    (window / 2).min(BUNDLE)
 }
 
 #[cfg(test)]

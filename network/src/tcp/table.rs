@@ -323,7 +323,7 @@ impl Table {
             Phase::TimeWait if connection.is_flushed() => connection.close(false),
             _ => {}
         }
-        if !connection.queued && (connection.near.is_due() || connection.is_hungry()) {
+        if !connection.queued && (connection.near.is_due() || connection.is_hungry(&shared.pool)) {
             connection.queued = true;
             self.turn.push_back(id);
         }
@@ -372,7 +372,7 @@ impl Table {
         while let Some(id) = self.turn.pop_front() {
             let Some(connection) = self.connections.get_mut(id) else { continue };
             connection.queued = false;
-            if connection.is_hungry() && !connection.fill(&mut shared.pool) {
+            if connection.is_hungry(&shared.pool) && !connection.fill(&mut shared.pool) {
                 connection.starved = true;
                 self.starved.push(id);
             }

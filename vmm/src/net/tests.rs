@@ -178,10 +178,10 @@ fn a_deadline_is_kept_without_any_event() {
     let rig = Rig::new(Some(Instant::now() + Duration::from_millis(5)));
     rig.sees(&[Seen::Elapsed, Seen::Gave]);
     let now = Instant::now();
-    assert_eq!(timeout(None, now), -1);
-    assert_eq!(timeout(Some(now), now + SOON), 0);
-    assert_eq!(timeout(Some(now + Duration::from_micros(1)), now), 1, "it does not spin until then");
-    assert_eq!(timeout(Some(now + Duration::from_secs(1 << 40)), now), i32::MAX);
+    assert_eq!(timeout(None), -1);
+    assert_eq!(milliseconds(now, now + SOON), 0);
+    assert_eq!(milliseconds(now + Duration::from_micros(1), now), 1, "it does not spin until then");
+    assert_eq!(milliseconds(now + Duration::from_secs(1 << 40), now), i32::MAX);
 }
 
 #[test]
