@@ -36,6 +36,16 @@ struct Port {
     more: Option<Instant>,
 }
 
+impl Port {
+    fn watch(&self, token: Token, shared: &Shared) -> io::Result<()> {
+        match &self.socket {
+            Socket::Tcp(listener) => shared.watch(listener, token)?,
+            Socket::Udp(socket) => shared.watch(socket, token)?,
+        }
+        Ok(())
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Ports {
     ports: Vec<Port>,
@@ -49,12 +59,17 @@ impl Ports {
     pub(crate) fn listen(wanted: &[PublishedPort], shared: &Shared) -> Result<Self, (SocketAddr, io::Error)> {
         let mut ports = Vec::new();
         for published in wanted {
-            let index = ports.len();
-            let opened = open(*published, index, shared).map_err(|error| (published.host, error))?;
-            ports.push(opened);
+            let token = Token::Port(ports.len());
+            let opened = open(*published).and_then(|port| port.watch(token, shared).map(|()| port));
+            ports.push(opened.map_err(|error| (published.host, error))?);
         }
         let udp = ports.iter().any(|port| matches!(port.socket, Socket::Udp(_)));
         Ok(Ports { ports, scratch: vec![0; if udp { 65_536 } else { 0 }], spare: crate::socket::spare() })
+    }
+
+    /// Has them waited for by somebody else.
+    pub(crate) fn watch(&self, shared: &Shared) -> io::Result<()> {
+        (0..).zip(&self.ports).try_for_each(|(index, port)| port.watch(Token::Port(index), shared))
     }
 
     pub(crate) fn published(&self) -> impl Iterator<Item = PublishedPort> {
@@ -127,20 +142,17 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn open(published: PublishedPort, index: usize, shared: &Shared) -> io::Result<Port> {
-    let token = Token::Port(index);
+fn open(published: PublishedPort) -> io::Result<Port> {
     let (socket, host) = match published.transport {
         Transport::Tcp => {
             let listener = TcpListener::bind(published.host)?;
             listener.set_nonblocking(true)?;
-            shared.watch(&listener, token)?;
             let host = listener.local_addr()?;
             (Socket::Tcp(listener), host)
         }
         Transport::Udp => {
             let socket = UdpSocket::bind(published.host)?;
             socket.set_nonblocking(true)?;
-            shared.watch(&socket, token)?;
             let host = socket.local_addr()?;
             (Socket::Udp(Arc::new(socket)), host)
         }

@@ -1,9 +1,11 @@
 //! What all parts of a stack work with: the configuration in force, replies that wait for the guest, and who may do what.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use cubby_network_policy::{By, Direction, Flow, NetworkPolicy, Protocol, Verdict};
@@ -18,6 +20,10 @@ use crate::ring::Pool;
 /// The most replies that wait for the guest to fetch them, and the bytes of them: ARP, ICMP, resets, names.
 const REPLIES: usize = 1024;
 const REPLY_BYTES: usize = 4 << 20;
+
+/// What is waited for at a socket.
+pub(crate) const EVENTS: EventFlags =
+    EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET);
 
 /// What a descriptor of the stack belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +53,26 @@ impl Token {
             2 => Token::Port(index),
             _ => Token::Lookup(index),
         }
+    }
+}
+
+/// Adds a socket to what its caller waits for.
+type Add = dyn Fn(BorrowedFd<'_>, u64) -> io::Result<()> + Send;
+
+/// Who waits for the stack's sockets.
+pub(crate) enum Waits {
+    /// An epoll instance of the stack's own.
+    Own(OwnedFd),
+    /// The stack's owner.
+    Owner(Box<Add>),
+}
+
+impl fmt::Debug for Waits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Waits::Own(_) => "Own",
+            Waits::Owner(_) => "Owner",
+        })
     }
 }
 
@@ -86,7 +112,7 @@ pub(crate) struct Shared {
     rate: Rate,
     replies: VecDeque<Vec<u8>>,
     reply_bytes: usize,
-    epoll: OwnedFd,
+    pub(crate) waits: Waits,
     random: RandomState,
     drawn: u64,
 }
@@ -112,20 +138,20 @@ impl Shared {
             limits,
             replies: VecDeque::new(),
             reply_bytes: 0,
-            epoll,
+            waits: Waits::Own(epoll),
             random: RandomState::new(),
             drawn: 0,
         }
     }
 
-    pub(crate) fn epoll(&self) -> &OwnedFd {
-        &self.epoll
-    }
-
     /// Watches a socket for all that may happen to it, telling each thing once.
     pub(crate) fn watch(&self, socket: impl AsFd, token: Token) -> rustix::io::Result<()> {
-        let all = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        epoll::add(&self.epoll, socket, EventData::new_u64(token.encode()), all)
+        match &self.waits {
+            Waits::Own(epoll) => epoll::add(epoll, socket, EventData::new_u64(token.encode()), EVENTS),
+            Waits::Owner(add) => {
+                add(socket.as_fd(), token.encode()).map_err(|error| crate::socket::errno(&error))
+            }
+        }
     }
 
     /// A number that nobody can guess: a keyed hash of a counter. It asks the host for nothing.

@@ -20,7 +20,7 @@ use crate::frame::{Frame, GuestOffloads, Offload};
 use crate::parse::{Body, Datagram, Packet, Unfit, parse};
 use crate::pcap::Pcap;
 use crate::ports::Ports;
-use crate::shared::{Shared, Token};
+use crate::shared::{EVENTS, Shared, Token, Waits};
 use crate::tcp::{Due, Ready, Table};
 
 /// What one turn takes from the epoll.
@@ -322,34 +322,68 @@ impl Stack {
         }
     }
 
-    /// Takes what has happened to the stack's sockets: to be called when its descriptor is readable. A turn is
-    /// bounded; the descriptor stays readable if there is more.
+    /// What [`Stack::watch_by`] is to wait for, as `epoll_ctl(2)` takes it: everything, and each thing once.
+    pub const EVENTS: u32 = EVENTS.bits();
+
+    /// Has somebody else wait for the stack's sockets from now on, which saves its owner to look twice for each event: `add` gets
+    /// each socket with a token below 2^62, and adds both for [`Stack::EVENTS`] to the epoll instance that it has.
+    /// Whatever that tells goes to [`Stack::on_event`]; a socket that is closed is forgotten by itself. To be called before
+    /// there are connections.
+    ///
+    /// # Errors
+    /// What `add` says of the published ports' sockets.
+    pub fn watch_by(
+        &mut self,
+        add: impl Fn(BorrowedFd<'_>, u64) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        // The stack's own instance is closed, and forgets them.
+        self.shared.waits = Waits::Owner(Box::new(add));
+        self.ports.watch(&self.shared)
+    }
+
+    /// Takes what has happened to one of the stack's sockets: the token that it was added with, and what `epoll_wait(2)` says.
+    pub fn on_event(&mut self, token: u64, events: u32, now: Instant) {
+        match self.happened(token, EventFlags::from_bits_retain(events), now) {
+            Token::Port(_) => self.ports.take(&mut self.tcp, &mut self.flows, &mut self.shared, now),
+            Token::Lookup(_) => self.answer_names(now),
+            Token::Tcp(_) | Token::Flow(_) => {}
+        }
+    }
+
+    fn happened(&mut self, token: u64, flags: EventFlags, now: Instant) -> Token {
+        let hung_up = flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
+        let ready = Ready {
+            readable: flags.contains(EventFlags::IN) || hung_up,
+            writable: flags.contains(EventFlags::OUT),
+            hung_up,
+            failed: flags.intersects(EventFlags::ERR | EventFlags::HUP),
+        };
+        let token = Token::decode(token);
+        match token {
+            Token::Tcp(id) => self.tcp.on_ready(id, ready, &mut self.shared),
+            Token::Flow(id) => self.flows.on_ready(id, ready.failed, &mut self.shared),
+            Token::Port(index) => self.ports.on_ready(index, now),
+            Token::Lookup(id) => self.dns.on_ready(id, &mut self.shared, now),
+        }
+        token
+    }
+
+    /// Takes what has happened to the stack's sockets, if it waits for them itself: to be called when its descriptor is
+    /// readable. A turn is bounded; the descriptor stays readable if there is more.
     ///
     /// # Errors
     /// Those of `epoll_wait`, which a working host does not give.
     pub fn on_ready(&mut self, now: Instant) -> io::Result<()> {
+        let Waits::Own(epoll) = &self.shared.waits else { return Ok(()) };
         let mut room = [const { MaybeUninit::uninit() }; BATCH];
         let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let events = match epoll::wait(self.shared.epoll(), &mut room, Some(&zero)) {
+        let events = match epoll::wait(epoll, &mut room, Some(&zero)) {
             Ok((events, _)) => events,
             Err(Errno::INTR) => &mut [],
             Err(errno) => return Err(errno.into()),
         };
         for event in events {
-            let flags = event.flags;
-            let hung_up = flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
-            let ready = Ready {
-                readable: flags.contains(EventFlags::IN) || hung_up,
-                writable: flags.contains(EventFlags::OUT),
-                hung_up,
-                failed: flags.intersects(EventFlags::ERR | EventFlags::HUP),
-            };
-            match Token::decode(event.data.u64()) {
-                Token::Tcp(id) => self.tcp.on_ready(id, ready, &mut self.shared),
-                Token::Flow(id) => self.flows.on_ready(id, ready.failed, &mut self.shared),
-                Token::Port(index) => self.ports.on_ready(index, now),
-                Token::Lookup(id) => self.dns.on_ready(id, &mut self.shared, now),
-            }
+            self.happened(event.data.u64(), event.flags, now);
         }
         self.ports.take(&mut self.tcp, &mut self.flows, &mut self.shared, now);
         self.answer_names(now);
@@ -360,6 +394,16 @@ impl Stack {
     /// reset. A stack that is only dropped closes all of them, as if all had been said.
     pub fn end(&mut self) {
         self.tcp.end();
+    }
+
+    /// The descriptor to watch for reading (level-triggered): an epoll instance with all sockets of the stack in it. `None`
+    /// after [`Stack::watch_by`].
+    #[must_use]
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match &self.shared.waits {
+            Waits::Own(epoll) => Some(epoll.as_fd()),
+            Waits::Owner(_) => None,
+        }
     }
 
     /// When [`Stack::on_time`] is to be called; it changes with every other call. A time that has passed means at
@@ -398,13 +442,6 @@ const _: () = {
     const fn is_send<T: Send>() {}
     is_send::<Stack>();
 };
-
-/// The descriptor to watch for reading (level-triggered): an epoll instance with all sockets of the stack in it.
-impl AsFd for Stack {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.shared.epoll().as_fd()
-    }
-}
 
 /// Whether an address is of a link alone, which no packet leaves.
 fn is_on_link(address: IpAddr) -> bool {

@@ -100,7 +100,7 @@ fn run(mut stack: Stack, offloads: bool, script: &str) -> Counters {
             let wait = wait.unwrap_or(PATIENCE).min(Duration::from_millis(20));
             let timeout = rustix::time::Timespec::try_from(wait).unwrap();
             let mut fds = [
-                PollFd::from_borrowed_fd(stack.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(stack.descriptor().unwrap(), PollFlags::IN),
                 PollFd::from_borrowed_fd(tap.as_fd(), PollFlags::IN),
             ];
             poll(&mut fds, Some(&timeout)).unwrap();

@@ -11,7 +11,6 @@ mod exchange;
 
 use std::io;
 use std::num::{NonZeroU16, NonZeroU64};
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use cubby_network::policy::{By, Direction, Protocol};
@@ -35,9 +34,8 @@ pub(crate) use exchange::{Exchange, Ticket};
 /// The file that names the host's resolvers.
 pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// The tokens of the stack's one descriptor, and of the one that says that there are other rules.
-const SOCKETS: u64 = 0;
-const ORDER: u64 = 1;
+/// The token of the descriptor that says that there are other rules: all others are of the stack's sockets.
+const ORDER: u64 = Watch::MAX_TOKEN;
 
 /// What both sides leave to each other. Datagrams in bundles are nothing that the stack knows.
 const OFFLOADS: Offloads = Offloads { checksum: true, tcp4: true, tcp6: true, udp: false };
@@ -45,7 +43,7 @@ const OFFLOADS: Offloads = Offloads { checksum: true, tcp4: true, tcp6: true, ud
 /// How many refusals are written to the sandbox's log, which has no bound of its own.
 const TOLD: u32 = 100;
 
-/// Descriptors of the stack that are no flow's: its epoll instance, a spare one, the file that names resolvers.
+/// Descriptors of the stack that are no flow's: its epoll instance until it is plugged in, a spare one, the file that names resolvers.
 const OWN: u64 = 3;
 
 /// A network that could not be made.
@@ -323,18 +321,18 @@ pub(crate) fn counters(exchange: &Exchange, card: &net::Counters) -> message::Ne
 
 impl NetBackend for Plug {
     fn attach(&mut self, watch: Watch) -> io::Result<()> {
-        watch.add(&self.stack.as_fd(), SOCKETS, EventSet::IN)?;
-        watch.add(self.exchange.order(), ORDER, EventSet::IN)
+        watch.add(self.exchange.order(), ORDER, EventSet::IN)?;
+        let events = EventSet::from_bits_truncate(Stack::EVENTS);
+        self.stack.watch_by(move |socket, token| watch.add(&socket, token, events))
     }
 
-    fn ready(&mut self, token: u64, _: EventSet) {
+    fn ready(&mut self, token: u64, events: EventSet) {
         let now = self.obey();
         if token == ORDER {
             self.exchange.heard();
             return;
         }
-        // What is left is there in the next round, as is what `epoll_wait` has against this one.
-        let _ = self.stack.on_ready(now);
+        self.stack.on_event(token, events.bits(), now);
     }
 
     fn deadline(&self) -> Option<Instant> {

@@ -131,7 +131,7 @@ const RX: usize = 0;
 const TX: usize = 1;
 
 /// Events taken in one round.
-const EVENTS: usize = 64;
+const EVENTS: usize = 256;
 
 /// How long the guest may wait to hear that a frame of its own is done ([`Net::be_patient`]).
 const PATIENCE: Duration = Duration::from_millis(1);

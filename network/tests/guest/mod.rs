@@ -5,7 +5,6 @@ pub mod wire;
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use cubby_network::{Addresses, Config, Frame, NetworkEvent, NetworkPolicy, Offload, Resolvers, Stack};
@@ -208,7 +207,7 @@ impl Guest {
         let next = [guest, stack].into_iter().flatten().min();
         let least = next.unwrap_or(PATIENCE).min(Duration::from_millis(1));
         let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: least.as_nanos().try_into().unwrap() };
-        let mut fds = [PollFd::from_borrowed_fd(self.stack.as_fd(), PollFlags::IN)];
+        let mut fds = [PollFd::from_borrowed_fd(self.stack.descriptor().unwrap(), PollFlags::IN)];
         let ready = poll(&mut fds, Some(&timeout)).unwrap();
         if let Some(next) = next.filter(|_| self.hurry && ready == 0) {
             self.ahead += next;
