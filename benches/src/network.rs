@@ -65,6 +65,15 @@ impl Figures {
         Self { system: system.to_owned(), rows: vec![] }
     }
 
+    /// What was measured last, for whoever waits for the rest.
+    #[must_use]
+    pub fn newest(&self) -> String {
+        self.rows.last().map_or_else(String::new, |row| {
+            let [time, guest, monitor] = row.each();
+            format!("{}: {time:.2} ns each; guest {guest:.2}, monitor {monitor:.2}", row.name)
+        })
+    }
+
     /// One round of what is called so.
     pub fn add(&mut self, name: &str, work: Work) {
         match self.rows.iter_mut().find(|row| row.name == name) {

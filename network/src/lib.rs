@@ -10,11 +10,14 @@
 //! [`Stack`] belongs to one thread and never blocks. Its owner
 //! - gives it what the guest transmits: [`Stack::transmit`], while [`Stack::takes_frames`];
 //! - fetches frames when the guest has buffers: [`Stack::receive`], while [`Stack::has_frames`];
-//! - watches its one descriptor (`AsFd`) and calls [`Stack::on_ready`] when that is readable;
+//! - watches its one descriptor ([`Stack::descriptor`]) and calls [`Stack::on_ready`] when that is readable; or takes its
+//!   sockets into an epoll instance of its own ([`Stack::watch_by`]) and hands on their events ([`Stack::on_event`]);
 //! - calls [`Stack::on_time`] when [`Stack::next_deadline`] has passed.
 //!
 //! After each of these there may be frames, and another deadline. Frames may be bundles of segments of up to 64 KiB
-//! with unfinished checksums, both ways ([`Offload`]), which is what makes it fast: one turn of work for 44 packets.
+//! with unfinished checksums, both ways ([`Offload`]), which is what makes it fast: one turn of work for 44 packets. While
+//! bytes are under way to the guest, few more are neither read for it nor sent, so that bundles stay large; and each
+//! connection keeps no more than its share of the memory that is at hand, however large a window its guest promises.
 //!
 //! # What it promises
 //! - What the guest sends never panics, blocks, or grows the stack beyond [`Limits`].

@@ -3,6 +3,7 @@
 
 mod guest;
 
+use std::io::Write;
 use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -169,6 +170,49 @@ fn a_guest_that_promises_a_window_and_acknowledges_nothing_is_given_up() {
         assert!(repeated < 100);
     }
     assert_eq!(repeated, 10);
+}
+
+#[test]
+fn many_streams_that_the_guest_does_not_acknowledge_share_what_memory_is_at_hand() {
+    let link = addresses();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = host(listener.local_addr().unwrap().port());
+    let mut guest = Guest::new(all());
+    guest.keep = true;
+    let mut peers = Vec::new();
+    for from in 1..=32u16 {
+        let segment = |seq, control, ack: Option<i32>| TcpRepr {
+            src_port: from,
+            dst_port: to.port(),
+            control,
+            seq_number: TcpSeqNumber(seq),
+            ack_number: ack.map(TcpSeqNumber),
+            window_len: 0xffff,
+            window_scale: (control == TcpControl::Syn).then_some(7),
+            max_seg_size: None,
+            sack_permitted: false,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload: &[],
+        };
+        let syn = wire::tcp(&link, to.ip(), &segment(7, TcpControl::Syn, None));
+        guest.stack.transmit(&syn, &Offload::default(), Instant::now());
+        guest.until("it is answered", |guest| guest.seen.iter().any(|frame| frame[14 + 20 + 13] & 2 != 0));
+        let answer = guest.seen.split_off(0).into_iter().find(|frame| frame[14 + 20 + 13] & 2 != 0).unwrap();
+        let ack = i32::from_be_bytes(answer[14 + 24..14 + 28].try_into().unwrap()).wrapping_add(1);
+        let open = wire::tcp(&link, to.ip(), &segment(8, TcpControl::None, Some(ack)));
+        guest.stack.transmit(&open, &Offload::default(), Instant::now());
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[7; 64 << 10]).is_ok_and(|n| n > 0) {
+            while guest.turn() {}
+        }
+        guest.seen.clear();
+        peers.push(stream);
+    }
+    // What is there beyond would be the host's to clear, page by page: `KEPT` of `ring.rs`.
+    let buffered = guest.stack.counters().buffered;
+    assert!((2 << 20..=8 << 20).contains(&buffered), "{buffered}");
 }
 
 #[test]

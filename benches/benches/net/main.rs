@@ -66,6 +66,20 @@ fn measure(system: &System, brief: bool) -> io::Result<Figures> {
     let mut figures = Figures::new(system.name());
     let rounds = if brief { 1 } else { ROUNDS };
     let used = || running.work();
+    for round in 0..=rounds {
+        let connected = bench.connect(CONNECTIONS, used)?;
+        if round > 0 {
+            figures.add("connections", connected);
+        }
+    }
+    eprintln!("    {}", figures.newest());
+    for round in 0..=rounds {
+        let answered = bench.ask(QUESTIONS, used)?;
+        if round > 0 {
+            figures.add("questions answered", answered);
+        }
+    }
+    eprintln!("    {}", figures.newest());
     for streams in STREAMS {
         for (up, name) in [(true, "from"), (false, "to")] {
             let name = format!("{name} the guest, {streams} streams: bytes");
@@ -73,13 +87,7 @@ fn measure(system: &System, brief: bool) -> io::Result<Figures> {
             for _ in 0..rounds {
                 figures.add(&name, bench.move_bytes(up, streams, BYTES, used)?);
             }
-        }
-    }
-    for round in 0..=rounds {
-        let (connected, answered) = (bench.connect(CONNECTIONS, used)?, bench.ask(QUESTIONS, used)?);
-        if round > 0 {
-            figures.add("connections", connected);
-            figures.add("questions answered", answered);
+            eprintln!("    {}", figures.newest());
         }
     }
     drop(bench);

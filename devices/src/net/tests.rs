@@ -593,6 +593,55 @@ fn interrupts_come_when_the_driver_waits_for_them() {
 }
 
 #[test]
+fn a_patient_card_tells_of_little_frames_with_the_answer_or_when_it_is_asked() {
+    let mut rig = Rig::new(u64::MAX);
+    rig.net().be_patient();
+    rig.offer(1000);
+    let little = |rig: &mut Rig, so_far: u16| {
+        rig.tx.set_used_event(so_far);
+        rig.send(PLAIN, &frame(100), 4096);
+        let _ = rig.kick(TX);
+        assert!(rig.tx.completion().is_some(), "whoever looks sees that it is done");
+    };
+    little(&mut rig, 0);
+    assert_eq!((rig.guest.line.count(), rig.net().has_untold()), (0, true));
+    rig.rx.set_used_event(0);
+    rig.wait(Offload::default(), &frame(60));
+    let _ = rig.net().poll();
+    assert_eq!((rig.guest.line.count(), rig.net().has_untold()), (1, false), "one for both");
+
+    little(&mut rig, 1);
+    rig.net().tell();
+    assert_eq!((rig.guest.line.count(), rig.net().has_untold()), (2, false));
+    rig.net().tell();
+    assert_eq!(rig.guest.line.count(), 2, "it was told");
+
+    // Who sends much, or many, is not kept waiting.
+    rig.tx.set_used_event(2);
+    rig.send(PLAIN, &frame(1500), 4096);
+    rig.send(PLAIN, &frame(1500), 4096);
+    let _ = rig.kick(TX);
+    assert_eq!((rig.guest.line.count(), rig.net().has_untold()), (3, false));
+    for so_far in 4..4 + u16::try_from(MAX_UNTOLD).unwrap() {
+        assert_eq!(rig.tx.completion().is_some(), so_far < 6);
+        little(&mut rig, so_far);
+        assert_eq!(rig.guest.line.count(), 3);
+    }
+    while rig.tx.completion().is_some() {}
+    rig.send(PLAIN, &frame(100), 4096);
+    let _ = rig.kick(TX);
+    assert_eq!((rig.guest.line.count(), rig.net().has_untold()), (4, false));
+
+    // Whoever continues the queue knows nothing of this.
+    rig.tx.set_used_event(9);
+    rig.send(PLAIN, &frame(100), 4096);
+    let _ = rig.kick(TX);
+    assert_eq!(rig.guest.line.count(), 4);
+    let _ = rig.net().stop_queue(TX);
+    assert_eq!(rig.guest.line.count(), 5);
+}
+
+#[test]
 fn a_kick_moves_a_bounded_amount_and_says_when_there_is_more() {
     let mut rig = Rig::new(u64::MAX);
     for _ in 0..20 {

@@ -174,6 +174,18 @@ fn kicks_and_the_hosts_descriptors_are_served_by_one_thread() {
 }
 
 #[test]
+fn the_guest_hears_soon_that_its_frame_is_done_though_nobody_answers() {
+    let mut rig = Rig::new(None);
+    rig.send(100);
+    rig.sees(&[Seen::Sent(100)]);
+    let until = Instant::now() + SOON;
+    while rig.guest.line.count() == 0 {
+        assert!(Instant::now() < until, "it waits in vain");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn a_deadline_is_kept_without_any_event() {
     let rig = Rig::new(Some(Instant::now() + Duration::from_millis(5)));
     rig.sees(&[Seen::Elapsed, Seen::Gave]);

@@ -161,6 +161,31 @@ fn a_closed_window_is_probed_until_it_opens() {
 }
 
 #[test]
+fn few_bytes_are_neither_asked_for_nor_sent_while_others_are_under_way() {
+    let mut peer = Peer::open();
+    assert_eq!(peer.end.appetite(usize::MAX), 1000);
+    assert_eq!(peer.end.appetite(300), 300, "no more than its share");
+    peer.say(&[7; 600]);
+    assert_eq!(peer.end.appetite(usize::MAX), 0);
+    peer.say(&[7; 1400]);
+    // In bundles: all that the window takes.
+    let bundle = |peer: &mut Peer| peer.end.next_segment(60_000, peer.now, &peer.pool).map(|it| it.len);
+    assert_eq!((bundle(&mut peer), bundle(&mut peer)), (Some(1000), None));
+    peer.hear(segment(guest(0), Some(ours(400)), &[]));
+    assert_eq!(bundle(&mut peer), None, "400 bytes are worth no bundle, and 600 are on their way");
+    peer.hear(segment(guest(0), Some(ours(500)), &[]));
+    assert_eq!(bundle(&mut peer), Some(500));
+    peer.hear(segment(guest(0), Some(ours(1000)), &[]));
+    assert_eq!(bundle(&mut peer), Some(500));
+    peer.hear(segment(guest(0), Some(ours(1500)), &[]));
+    assert_eq!(peer.end.appetite(usize::MAX), 500);
+    peer.say(&[7; 30]);
+    assert_eq!(bundle(&mut peer), Some(30), "nobody waits for the last to become more");
+    peer.hear(Segment { window: 300, ..segment(guest(0), Some(ours(2030)), &[]) });
+    assert_eq!(peer.end.appetite(usize::MAX), 300, "nothing is under way that would bring more");
+}
+
+#[test]
 fn what_is_not_acknowledged_is_sent_again_from_the_first_missing_byte_on() {
     let mut peer = Peer::open();
     peer.say(&[7; 350]);
