@@ -93,9 +93,12 @@ impl Spawner {
         };
         let plan = Plan {
             candidates: candidates(&open.program, &env)?,
-            argv: strings(std::iter::once(&open.program).chain(&open.args).cloned())?,
-            env: strings(env.into_iter())?,
-            cwd: if cwd.is_empty() || cwd == "/" { None } else { Some(string(cwd.to_owned())?) },
+            argv: std::iter::once(&open.program)
+                .chain(&open.args)
+                .map(|text| string([text]))
+                .collect::<Result<_, _>>()?,
+            env: env.iter().map(|(name, value)| string([name, "=", value])).collect::<Result<_, _>>()?,
+            cwd: if cwd.is_empty() || cwd == "/" { None } else { Some(string([cwd])?) },
             credentials: Some(account.credentials).filter(|who| *who != Credentials::default()),
             rlimits: self.rlimits(open),
             stdio,
@@ -166,20 +169,19 @@ fn failed(kind: ExecFailure, errno: Option<Errno>, subject: &str) -> ExecFailed 
     ExecFailed { kind, errno: errno.map_or(0, Errno::raw_os_error), subject: subject.into() }
 }
 
-fn string(text: String) -> Result<CString, ExecFailed> {
-    CString::new(text).map_err(|error| {
+/// The parts as one C string, in one allocation: most of a command's strings are its environment, and it has many.
+fn string<const N: usize>(parts: [&str; N]) -> Result<CString, ExecFailed> {
+    let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.len()).sum::<usize>() + 1);
+    parts.iter().for_each(|part| bytes.extend_from_slice(part.as_bytes()));
+    CString::new(bytes).map_err(|error| {
         let text = String::from_utf8_lossy(&error.into_vec()).replace('\0', "\\0");
         failed(ExecFailure::Other, Some(Errno::INVAL), &text)
     })
 }
 
-fn strings(texts: impl Iterator<Item = String>) -> Result<Vec<CString>, ExecFailed> {
-    texts.map(string).collect()
-}
-
-/// `NAME=value` each, every name once.
-fn environment(config: &GuestConfig, open: &Open, home: &str) -> Vec<String> {
-    let mut env: Vec<(&str, &str)> = Vec::with_capacity(config.env.len() + open.env.len() + 4);
+/// Names and values, every name once.
+fn environment<'a>(config: &'a GuestConfig, open: &'a Open, home: &'a str) -> Vec<(&'a str, &'a str)> {
+    let mut env: Vec<(&'a str, &'a str)> = Vec::with_capacity(config.env.len() + open.env.len() + 4);
     let mut set = |name, value| match env.iter_mut().find(|(known, _)| *known == name) {
         Some(entry) => entry.1 = value,
         None => env.push((name, value)),
@@ -193,21 +195,19 @@ fn environment(config: &GuestConfig, open: &Open, home: &str) -> Vec<String> {
     for (name, value) in config.env.iter().chain(&open.env) {
         set(name, value);
     }
-    env.into_iter().map(|(name, value)| format!("{name}={value}")).collect()
+    env
 }
 
-fn candidates(program: &str, env: &[String]) -> Result<Vec<CString>, ExecFailed> {
+fn candidates(program: &str, env: &[(&str, &str)]) -> Result<Vec<CString>, ExecFailed> {
     if program.is_empty() {
         return Err(failed(ExecFailure::NotFound, None, program));
     }
     if program.contains(['/', '\0']) {
-        return Ok(vec![string(program.to_owned())?]);
+        return Ok(vec![string([program])?]);
     }
-    let path = env.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
-    strings(path.split(':').map(|directory| match directory {
-        "" => format!("./{program}"),
-        _ => format!("{directory}/{program}"),
-    }))
+    let path = env.iter().find(|(name, _)| *name == "PATH").map_or(DEFAULT_PATH, |(_, value)| *value);
+    let directories = path.split(':').map(|directory| if directory.is_empty() { "." } else { directory });
+    directories.map(|directory| string([directory, "/", program])).collect()
 }
 
 fn by_resource(errno: Errno) -> ExecFailure {
@@ -254,15 +254,17 @@ mod tests {
         };
         let open =
             Open { env: vec![pair("LANG", "de"), pair("HOME", "/h"), pair("LANG", "fr")], ..Open::default() };
-        assert_eq!(environment(&config, &open, "/root"), ["PATH=/opt", "HOSTNAME=box", "HOME=/h", "LANG=fr"]);
+        let env = environment(&config, &open, "/root");
+        assert_eq!(env, [("PATH", "/opt"), ("HOSTNAME", "box"), ("HOME", "/h"), ("LANG", "fr")]);
         let open = Open { tty: Some(TtySize { rows: 1, cols: 1 }), ..Open::default() };
-        let env = environment(&GuestConfig::default(), &open, "/root");
-        assert_eq!(env, [&format!("PATH={DEFAULT_PATH}"), "HOSTNAME=", "TERM=xterm", "HOME=/root"]);
+        let config = GuestConfig::default();
+        let env = environment(&config, &open, "/root");
+        assert_eq!(env, [("PATH", DEFAULT_PATH), ("HOSTNAME", ""), ("TERM", "xterm"), ("HOME", "/root")]);
     }
 
     #[test]
     fn programs_are_looked_up_in_the_commands_path() {
-        let env = ["PATH=/a::/b".to_owned()];
+        let env = [("PATH", "/a::/b")];
         assert_eq!(candidates("x", &env).unwrap(), [c"/a/x".into(), c"./x".into(), CString::from(c"/b/x")]);
         assert_eq!(candidates("./x", &env).unwrap(), [CString::from(c"./x")]);
         assert_eq!(candidates("", &env).unwrap_err().kind, ExecFailure::NotFound);
