@@ -318,10 +318,14 @@ impl Supervisor<'_> {
                 self.on_rules();
                 Some(Reply::Done)
             }),
-            Request::Resume => self.apply(Event::Resume).map(|()| {
-                self.unfreeze(&mut vsock());
-                Some(Reply::Done)
-            }),
+            Request::Resume => match self.apply(Event::Resume) {
+                Ok(()) => {
+                    // What comes now cannot fail, and is done before anything else that is asked.
+                    self.relay.reply(&asked, &Reply::Done);
+                    return self.unfreeze(&mut vsock());
+                }
+                Err(refused) => Err(refused),
+            },
             Request::Drain { deadline_ms } => {
                 let deadline = deadline_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
                 self.drain(Event::Drain, ExitReason::Drained, deadline, &mut vsock()).map(|()| None)

@@ -7,6 +7,7 @@ use cubby_state::{Event, ExitReason, LaunchReport};
 use cubby_vmm::devices::vsock::Vsock;
 
 use super::Supervisor;
+use crate::machine;
 
 impl Supervisor<'_> {
     pub(super) fn on_ready(&mut self, vsock: &mut Vsock) {
@@ -17,6 +18,8 @@ impl Supervisor<'_> {
         self.relay.set_agent_ready(vsock);
         self.pipes.set_ready();
         self.launch.report(&LaunchReport::Ready { boot: self.boot_phases() });
+        // The guest goes this way for the first time while nobody waits for it, and not at its first resume.
+        self.control.set_clock(machine::realtime_ns(), vsock);
     }
 
     /// The steps of the boot, each with its end in nanoseconds after the process began.
