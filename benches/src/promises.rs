@@ -23,10 +23,10 @@ const PROMISES: [Promise; 12] = [
     promise("stop, nothing running", &["stop"], 15.0),
     promise("kill", &["kill"], 5.0),
     promise("ping", &["ping"], 0.08),
-    promise("pause", &["pause"], 0.1),
-    promise("resume", &["resume"], 0.15),
-    promise("the first pause; the first resume", &["pause, first"], 0.3),
-    promise("the first pause; the first resume", &["resume, first"], 0.3),
+    promise("pause", &["pause"], 0.15),
+    promise("resume", &["resume"], 0.1),
+    promise("the first pause; the first resume", &["pause, first"], 0.2),
+    promise("the first pause; the first resume", &["resume, first"], 0.2),
 ];
 
 const fn promise(row: &'static str, series: &'static [&'static str], most_ms: f64) -> Promise {
