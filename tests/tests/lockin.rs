@@ -53,10 +53,11 @@ async fn a_sandbox_process_has_limits() {
         let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>()
     };
-    // 256 of its own, one for each client, and what its network may hold, as far as the host lets us; the larger of its disk and 16 GiB.
+    // 256 of its own and 256 of its vsock ports, one for each client, and what its network may hold, as far as the host lets
+    // us; the larger of its disk and 16 GiB.
     for (name, most) in [
         ("Max core file size", 0),
-        ("Max open files", (256 + 16 + 17_667).min(getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX))),
+        ("Max open files", (512 + 16 + 17_667).min(getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX))),
         ("Max file size", 16_u64 << 30),
         ("Max locked memory", 0),
     ] {
