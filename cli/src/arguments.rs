@@ -298,8 +298,9 @@ pub struct Exec {
 #[command(
     override_usage = "cubby cp [OPTIONS] PATH|- NAME:PATH\n       cubby cp [OPTIONS] NAME:PATH PATH|-",
     after_help = "Examples:\n  cubby cp program.py box:/root/\n  cubby cp box:/var/log ./logs\n  \
-                  cubby cp site/. box:/srv/www\n  tar -c site | cubby cp - box:/srv\n  cubby cp box:/var/log - | tar -t\n\nA directory goes with all that is in it: into DST if that is a directory, else \
-                  as DST.\nDIR/. is what is in DIR. Paths in a sandbox begin at its root.\n\n- is a tar \
+                  cubby cp site/. box:/srv/www\n  tar -c site | cubby cp - box:/srv\n  \
+                  cubby cp box:/var/log - | tar -t\n\nA directory goes with all that is in it: into DST if that is \
+                  a directory, else as DST.\nDIR/. is what is in DIR. Paths in a sandbox begin at its root.\n\n- is a tar \
                   archive, unpacked from standard input into a directory that is there, or written to standard output."
 )]
 pub struct Cp {

@@ -16,7 +16,8 @@ pub const TOKEN: &str = "/run/cubby-token";
 pub const ADDRESS: (&str, u16) = ("10.0.2.15", 7000);
 
 /// First the root: the host's, over virtiofs, under an overlay in memory. /tmp and /run are memory, /dev/kvm is
-/// everybody's, and descriptors as many as other systems let programs ask for (the kernel by itself: 4,096). Then busybox stays PID 1 and reaps; the server is its child and the machine ends with it.
+/// everybody's, and descriptors as many as other systems let programs ask for (the kernel by itself: 4,096). Then busybox
+/// stays PID 1 and reaps; the server is its child and the machine ends with it.
 pub const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin; export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
